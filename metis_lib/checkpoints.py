@@ -1,0 +1,141 @@
+"""Checkpoints: a folder a part, ``config.json`` (configuration and card) beside ``model.safetensors``.
+
+A system is a folder of parts::
+
+    ssl/ semantic_codec/ acoustic_codec/ stage1/ stage2_layer1/ stage2_full/ tasks/<name>/
+
+A task is what fine-tuning added to stage 1: adapter, LoRA, phone embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from metis_lib.config import from_dict, to_dict
+from metis_lib.errors import MetisError
+
+SHIPPED = Path(__file__).parent / "weights"
+PARTS = ("ssl", "semantic_codec", "acoustic_codec", "stage1", "stage2_layer1", "stage2_full")
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What a task adds to stage 1: the changed fields of its configuration, and the rank of its LoRA (0: none)."""
+
+    task: str = ""
+    stage1: dict[str, Any] = field(default_factory=dict)
+    lora_rank: int = 0
+
+
+def save_part(
+    folder: str | Path,
+    state: dict[str, Tensor] | nn.Module,
+    config: Any,
+    card: dict[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    name: str = "model",
+) -> Path:
+    """Write one part; each file is written beside and renamed, the weights last.
+
+    Args:
+        state: a module or its state dict; floating point tensors are stored as ``dtype``.
+        config: its frozen dataclass.
+        card: what it was trained on, how long, its score and licence.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(state, nn.Module):
+        state = state.state_dict()
+    tensors = {
+        key: (value.detach().to(dtype) if value.is_floating_point() else value.detach()).contiguous().cpu()
+        for key, value in state.items()
+    }
+    if name != "model":
+        save_file(tensors, folder / f"{name}.safetensors.part", metadata={"format": "pt"})
+        os.replace(folder / f"{name}.safetensors.part", folder / f"{name}.safetensors")
+        return folder
+    document = {"type": type(config).__name__, "config": to_dict(config), "card": card or {}}
+    temporary = folder / "config.json.part"
+    temporary.write_text(json.dumps(document, indent=1) + "\n")
+    os.replace(temporary, folder / "config.json")
+    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
+    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    return folder
+
+
+def load_config_and_card(folder: str | Path, cls: type[C]) -> tuple[C, dict[str, Any]]:
+    """Configuration and card of a part."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise MetisError(f"no checkpoint in {folder} (config.json is missing)")
+    try:
+        document = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MetisError(f"{path} is damaged: {error}") from error
+    if document.get("type") != cls.__name__:
+        raise MetisError(f"{path} describes a {document.get('type')}, not a {cls.__name__}")
+    return from_dict(cls, document["config"]), document.get("card", {})
+
+
+def load_state(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
+    """Weights of a part (``name.safetensors``), floating point ones as float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / f"{name}.safetensors"
+    if not path.is_file():
+        raise MetisError(f"no weights in {folder} ({path.name} is missing)")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise MetisError(f"{path} is damaged ({error}); fetch or train it again") from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
+    """Load ``state`` strictly; keys or shapes that do not fit are an error that names the first of them."""
+    have = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = sorted(key for key in have.keys() | given.keys() if have.get(key) != given.get(key))
+    if wrong:
+        key = wrong[0]
+        raise MetisError(
+            f"{where} does not fit the model: {len(wrong)} tensors differ, the first is {key} "
+            f"(model {have.get(key, 'lacks it')}, file {given.get(key, 'lacks it')})"
+        )
+    module.load_state_dict(state)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def system_hash(folder: str | Path) -> str:
+    """One hash over all files of a system, for provenance."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file() and path.suffix in {".json", ".safetensors"}:
+            digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def locate(name: str | Path) -> Path:
+    """Folder of a system by name (``nano`` ships with the library) or path."""
+    for folder in (SHIPPED / str(name), Path(name)):
+        if (folder / "acoustic_codec" / "config.json").is_file():
+            return folder
+    raise MetisError(f"unknown model {str(name)!r}; use 'nano', 'debug' or the folder of a system")

@@ -1,0 +1,493 @@
+"""The command ``metis``: every sub-command is a dataclass whose fields are its options and whose ``run`` works.
+
+A command returns its answer once, as text and as JSON types; only the answer goes to stdout, whatever else
+is printed meanwhile (by libraries and child processes too) goes to stderr.  Heavy imports wait until ``run``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from metis_lib import __version__
+from metis_lib.errors import MetisError
+
+JUDGES = ("whisper-base", "ecapa", "speechmos", "nsnet2")
+"""What ``metis prepare judges`` fetches: the judges of the evaluation, and the peer of speech enhancement."""
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+
+Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+Place = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+
+
+class Answer(NamedTuple):
+    """What a command found: ``text`` for readers, ``document`` (JSON types) for programs, ``code`` to exit with."""
+
+    text: str
+    document: dict[str, Any]
+    code: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """Options of every command."""
+
+    json: bool = False
+    """Print one JSON document on stdout."""
+
+    def run(self) -> Answer:
+        """Do the work."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Command):
+    """What commands that make audio share."""
+
+    output: Path
+    """Recording to write: .wav, .flac or .ogg."""
+    model: str = "nano"
+    """nano, debug (random weights) or the folder of a system."""
+    seed: int = 0
+    """Same seed, same samples."""
+    steps: int | None = None
+    """Decoding steps of stage 1; the task's own by default."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def make(self, metis: Any) -> Any:
+        """The speech, by the model."""
+        raise NotImplementedError
+
+    def sources(self) -> tuple[Path, ...]:
+        """Files that must not be overwritten."""
+        raise NotImplementedError
+
+    def run(self) -> Answer:
+        _check_output(self.output, self.sources())
+        if not 0 <= self.seed < 2**63:
+            raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {self.seed}")
+        from metis_lib.pipeline import Metis
+
+        metis = Metis.from_pretrained(self.model, device=self.device)
+        began = time.perf_counter()
+        speech = self.make(metis)
+        took = time.perf_counter() - began
+        speech.save(self.output)
+        document = {
+            "output": str(self.output),
+            "seconds": round(speech.seconds, 4),
+            "sample_rate": speech.sample_rate,
+            "model": self.model,
+            "seed": self.seed,
+            "device": str(metis.device),
+            "seconds_to_make": round(took, 3),
+        }
+        return Answer(f"{self.output}: {speech.seconds:.2f} s of speech, made in {took:.2f} s", document)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SE(Generate):
+    """Enhance a noisy recording."""
+
+    input: Path
+    """The noisy recording."""
+
+    def sources(self) -> tuple[Path, ...]:
+        return (self.input,)
+
+    def make(self, metis: Any) -> Any:
+        return metis.enhance(self.input, seed=self.seed, steps=self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TTS(Generate):
+    """Say a text in the voice of a prompt."""
+
+    text: str
+    """What to say."""
+    prompt: Path
+    """A recording of the voice, a few seconds."""
+    prompt_text: str
+    """What the prompt says."""
+    seconds: float | None = None
+    """Length of the speech; estimated from the prompt by default."""
+    language: str = "en"
+    """Language of both texts."""
+
+    def sources(self) -> tuple[Path, ...]:
+        return (self.prompt,)
+
+    def make(self, metis: Any) -> Any:
+        return metis.speak(
+            self.text,
+            prompt=self.prompt,
+            prompt_text=self.prompt_text,
+            language=self.language,
+            seconds=self.seconds,
+            seed=self.seed,
+            steps=self.steps,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepare(Command):
+    """Fetch judges, or build the corpus of nano; what is there already is checked and kept."""
+
+    name: Name
+    """judges, nano (the corpus; hours of work for the CPU) or the name of one asset."""
+
+    def run(self) -> Answer:
+        from metis_lib import assets
+
+        if self.name == "nano":
+            from metis_lib.data.corpora import prepare_nano
+
+            folder = prepare_nano(say=_say)
+            return Answer(f"nano corpus ready in {folder}", {"nano": str(folder)})
+        names = JUDGES if self.name == "judges" else (self.name,)
+        folders = {name: str(assets.fetch(name)) for name in names}
+        return Answer("\n".join(f"{name}: {folder}" for name, folder in folders.items()), folders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Run the evaluation notebooks: scores of every utterance, a summary, a page to read and listen to."""
+
+    tasks: tuple[Literal["codec", "se", "tts"], ...] = ("codec", "se", "tts")
+    """What to evaluate."""
+    systems: tuple[str, ...] = ()
+    """Rows of the tables; each task takes those that it knows, all if none is named."""
+    testset: str = "human"
+    """A folder with manifest.jsonl, or a name under eval/testsets."""
+    out: Path = Path("results/evaluation")
+    """Folder of the run."""
+    seeds: tuple[int, ...] = (0,)
+    """The model generates once for each."""
+    limit: int | None = None
+    """Only the first items of each task."""
+    model: str = "nano"
+    """nano, debug or the folder of a system."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    allow_missing: bool = False
+    """Accept utterances for which a system gave no audio."""
+
+    def run(self) -> Answer:
+        from metis_lib.evaluation import runner
+        from metis_lib.evaluation.report import text_table
+
+        try:
+            summary = runner.evaluate(
+                self.tasks,
+                self._systems(),
+                self.testset,
+                self.out,
+                seeds=self.seeds,
+                limit=self.limit,
+                checkpoint=self.model,
+                device=self.device,
+                allow_missing=self.allow_missing,
+            )
+        except runner.EvaluationFailed as failure:
+            if failure.summary:
+                _say(text_table(failure.summary))
+            raise
+        page = self.out / "index.html"
+        document = {"out": str(self.out), "index": str(page), "summary": summary}
+        return Answer(f"{text_table(summary)}\n\nListen and read: {page}", document)
+
+    def _systems(self) -> dict[str, list[str]] | None:
+        """The systems of each task, out of one list for all."""
+        from metis_lib.evaluation.systems import systems_of
+
+        if not self.systems:
+            return None
+        known = {task: systems_of(task, self.model) for task in self.tasks}
+        chosen = {task: [name for name in self.systems if name in known[task]] for task in self.tasks}
+        lost = [name for name in self.systems if not any(name in names for names in known.values())]
+        if lost:
+            choice = dict.fromkeys(name for names in known.values() for name in names)
+            raise MetisError(f"unknown system {lost[0]!r}; choose among {', '.join(choice)}")
+        bare = [task for task, names in chosen.items() if not names]
+        if bare:
+            raise MetisError(f"none of the systems belongs to the task {bare[0]}: {', '.join(known[bare[0]])}")
+        return chosen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo(Command):
+    """Fetch the judges, evaluate everything on the human test set, print the tables."""
+
+    out: Path = Path("results/demo")
+    """Folder of the run."""
+
+    def run(self) -> Answer:
+        began = time.perf_counter()
+        Prepare(name="judges").run()
+        text, document, _ = Evaluate(out=self.out).run()
+        took = time.perf_counter() - began
+        return Answer(f"{text}\n({took:.0f} s)", document | {"wall_s": round(took, 1)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report(Command):
+    """Render the page of a run again from its files; with --readme, fill the table of README.md instead."""
+
+    out: Place = Path("results/demo")
+    """Folder of the run."""
+    readme: bool = False
+    """Fill the results of README.md."""
+    testset: str = "human"
+    """The test set of the run."""
+
+    def run(self) -> Answer:
+        from metis_lib.evaluation import readme, record, report
+        from metis_lib.evaluation.systems import testset_folder
+
+        summary, run = record.read_json(self.out / "summary.json"), record.read_json(self.out / "run.json")
+        if not summary or not run:
+            raise MetisError(f"no finished run in {self.out} (summary.json or run.json); run: metis evaluate")
+        if self.readme:
+            target = readme.fill(record.ROOT / "README.md", readme.results(summary, run))
+            return Answer(f"results written into {target}", {"readme": str(target)})
+        manifest = record.sha256_file(testset_folder(self.testset) / "manifest.jsonl")
+        if manifest != run["manifest_sha256"]:
+            raise MetisError(f"{self.out} was measured on another test set than {self.testset}; name it by --testset")
+        page = report.write_page(self.out, summary, self.testset, run["limit"])
+        return Answer(str(page), {"index": str(page)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Command):
+    """Train one piece of the nano recipe."""
+
+    piece: Name
+    """Name of the piece; an unknown name lists them."""
+    steps: int
+    """Optimiser steps."""
+    out: Path | None = None
+    """Folder of the system; default: runs/nano in the cache."""
+
+    def run(self) -> Answer:
+        from metis_lib.assets import metis_home
+        from metis_lib.training import pieces
+
+        known = {
+            name: piece
+            for name, piece in vars(pieces).items()
+            if getattr(piece, "__module__", "") == pieces.__name__ and not name.startswith("_")
+        }
+        if self.piece not in known:
+            raise MetisError(f"unknown piece {self.piece!r}; choose one of {', '.join(known)}")
+        if self.steps < 1:
+            raise MetisError(f"steps is a positive number, got {self.steps}")
+        out = self.out or metis_home() / "runs" / "nano"
+        scores = known[self.piece](out, self.steps)
+        lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
+        return Answer("\n".join([f"{self.piece} in {out}", *lines]), {"out": str(out), "scores": scores})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect(Command):
+    """Show the parts of a system, or one part: sizes, hashes, cards."""
+
+    path: Name
+    """nano, the folder of a system or of a part, or one model.safetensors."""
+
+    def run(self) -> Answer:
+        from metis_lib.checkpoints import SHIPPED
+
+        shipped, given = SHIPPED / self.path, Path(self.path).expanduser()
+        place = shipped if shipped.is_dir() else given
+        if not place.exists():
+            raise MetisError(f"no checkpoint at {self.path}; give nano, a folder or a .safetensors file")
+        files = sorted(place.rglob("*.safetensors")) if place.is_dir() else [place]
+        if not files:
+            raise MetisError(f"no weights (.safetensors) under {self.path}")
+        base = place if place.is_dir() else place.parent
+        parts = [_part(file, base) for file in files]
+        lines = [f"{'file':<44}{'type':<22}{'parameters':>12}{'MB':>8}  {'dtype':<10}sha256"]
+        for part in parts:
+            size = f"{part['parameters']:>12,}{part['bytes'] / 1e6:>8.2f}"
+            lines.append(
+                f"{part['file']:<44}{part['type'] or '':<22}{size}  {'+'.join(part['dtypes']):<10}{part['sha256'][:16]}"
+            )
+            lines += [f"    {key}: {_short(value)}" for key, value in part["card"].items()]
+        total = {key: sum(part[key] for part in parts) for key in ("parameters", "bytes")}
+        lines.append(f"{'together':<66}{total['parameters']:>12,}{total['bytes'] / 1e6:>8.2f}")
+        return Answer("\n".join(lines), {"path": str(place), **total, "parts": parts})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doctor(Command):
+    """Say what works on this machine, and what to do about what does not (exit code 1: a needed part fails)."""
+
+    def run(self) -> Answer:
+        from metis_lib import doctor
+
+        document = json.loads(doctor.as_json(found := doctor.checks()))
+        return Answer(doctor.table(found), document, 0 if document["ok"] else 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab(Command):
+    """Open the notebooks in JupyterLab."""
+
+    port: int = 8888
+    """Where to serve."""
+    browser: bool = True
+    """Open a browser."""
+
+    def run(self) -> Answer:
+        from metis_lib.evaluation.record import ROOT
+
+        if not (ROOT / "notebooks").is_dir():
+            raise MetisError("no folder notebooks/ here; metis lab runs from a clone of the repository")
+        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", f"--port={self.port}"]
+        command += ["--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb"]
+        command += [] if self.browser else ["--no-browser"]
+        command += ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+        code = subprocess.call(command, cwd=ROOT)
+        return Answer("", {"code": code}, code)
+
+
+def _part(file: Path, base: Path) -> dict[str, Any]:
+    """Size, hash, type and card of one weight file."""
+    from safetensors import SafetensorError, safe_open
+
+    from metis_lib.checkpoints import sha256
+    from metis_lib.evaluation.record import read_json
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise MetisError(f"{file} is damaged ({error}); fetch or train it again") from error
+    count = 0
+    for tensor in slices:
+        size = 1
+        for length in tensor.get_shape():
+            size *= length
+        count += size
+    about = read_json(file.parent / "config.json") or {} if file.stem == "model" else {}
+    return {
+        "file": str(file.relative_to(base)),
+        "type": about.get("type"),
+        "tensors": len(slices),
+        "parameters": count,
+        "bytes": file.stat().st_size,
+        "dtypes": sorted({tensor.get_dtype() for tensor in slices}),
+        "sha256": sha256(file),
+        "config": about.get("config", {}),
+        "card": about.get("card", {}),
+    }
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _check_output(path: Path, sources: Sequence[Path]) -> None:
+    """Refuse what cannot be written before any work is done."""
+    from metis_lib.audio import _FORMATS
+
+    path = path.expanduser()
+    if path.suffix.lower() not in _FORMATS:
+        raise MetisError(f"cannot write {path.name!r}: the name must end in {', '.join(_FORMATS)}")
+    folder = next(place for place in path.absolute().parents if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise MetisError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write into")
+    for source in sources:
+        if path.exists() and source.exists() and path.samefile(source):
+            raise MetisError(f"the output {path} is also an input; choose another name")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _app() -> tyro.extras.SubcommandApp:
+    app, generate, checkpoint = (tyro.extras.SubcommandApp() for _ in range(3))
+    generate.command(SE, name="se")
+    generate.command(TTS, name="tts")
+    checkpoint.command(Inspect, name="inspect")
+    app.command(generate, name="generate", help="Make speech: se (enhance a recording), tts (say a text).")
+    app.command(Demo, name="demo")
+    app.command(Prepare, name="prepare")
+    app.command(Evaluate, name="evaluate")
+    app.command(Report, name="report")
+    app.command(Train, name="train")
+    app.command(checkpoint, name="checkpoint", help="Look into checkpoints.")
+    app.command(Doctor, name="doctor")
+    app.command(Lab, name="lab")
+    return app
+
+
+@contextlib.contextmanager
+def _chatter_on_stderr() -> Iterator[None]:
+    """Send what anybody prints, child processes and C libraries included, to stderr."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def parse(arguments: Sequence[str]) -> Command:
+    """The command that the arguments describe; SystemExit 2 (usage on stderr) or 0 (help on stdout)."""
+    return _app().cli(
+        prog="metis",
+        description="Masked generative speech: one pre-trained backbone, several tasks.",
+        args=arguments or ["--help"],
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``metis`` with ``argv`` (default: the process's) and return its exit code.
+
+    0 done, 1 the doctor found a needed part broken, 2 bad input (one line on stderr) or usage, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments == ["--version"]:
+        print(__version__)
+        return 0
+    try:
+        command = parse(arguments)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        with _chatter_on_stderr():
+            answer = command.run()
+    except KeyboardInterrupt:
+        return 130
+    except (MetisError, OSError) as error:
+        if not isinstance(error, MetisError) and error.errno not in _UNUSABLE:
+            raise
+        message = " ".join(str(error).split())
+        _say(f"metis: {message}")
+        if command.json:
+            print(json.dumps({"error": message}, ensure_ascii=False))
+        return 2
+    if command.json:
+        print(json.dumps(answer.document, indent=1, ensure_ascii=False))
+    elif answer.text:
+        print(answer.text)
+    return answer.code

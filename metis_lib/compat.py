@@ -1,0 +1,71 @@
+"""torchaudio beside a CPU build of torch.
+
+The registry's torchaudio wheel is linked against CUDA.  Beside CPU torch its native library does not
+load, and then ``import torchaudio`` fails and with it ``import peft`` and ``import speechbrain``.
+What we use of it (resampling, mel spectrograms) is pure Python, so a stub of the module that holds the
+native library is enough.  The installed files stay as they are, and where the library loads nothing happens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from types import ModuleType
+
+from metis_lib.errors import MetisError
+
+_EXTENSION = "torchaudio._extension"
+
+
+def _stub() -> ModuleType:
+    """The four names that torchaudio reads from its extension module, without the native library."""
+    stub = types.ModuleType(_EXTENSION)
+    stub.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, loader=None)
+    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
+    stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
+    stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
+    stub._check_cuda_version = lambda: None  # type: ignore[attr-defined]
+    return stub
+
+
+def _forget_torchaudio() -> None:
+    for name in [name for name in sys.modules if name == "torchaudio" or name.startswith("torchaudio.")]:
+        del sys.modules[name]
+
+
+def import_torchaudio() -> ModuleType:
+    """Import torchaudio, with the stub extension only if the native library does not load.
+
+    Raises:
+        MetisError: torchaudio is not installed, or does not import even with the stub.
+    """
+    loaded = sys.modules.get("torchaudio")
+    if loaded is not None and hasattr(loaded, "functional"):
+        return loaded
+    if importlib.util.find_spec("torchaudio") is None:
+        raise MetisError("torchaudio is not installed; install the extra 'eval' (pip install -e '.[eval]')")
+    try:
+        return importlib.import_module("torchaudio")
+    except (OSError, ImportError, RuntimeError):
+        _forget_torchaudio()
+    sys.modules[_EXTENSION] = _stub()
+    try:
+        return importlib.import_module("torchaudio")
+    except Exception as error:
+        _forget_torchaudio()
+        raise MetisError(f"torchaudio does not import beside this torch ({error}); see constraints.txt") from error
+
+
+def is_stubbed() -> bool:
+    """Whether torchaudio runs on the stub, without its native library."""
+    module = sys.modules.get(_EXTENSION)
+    return module is not None and not getattr(module, "__file__", None)
+
+
+def prepare_torchaudio() -> None:
+    """Call this before importing peft or speechbrain; does nothing where torchaudio is not installed."""
+    if importlib.util.find_spec("torchaudio") is not None:
+        import_torchaudio()

@@ -1,0 +1,263 @@
+"""Configurations: one frozen dataclass per model, saved as JSON beside every checkpoint.
+
+A system is seven parts.  ``preset(name)`` gives the whole set for ``debug`` (random weights,
+seconds on a CPU, for tests), ``nano`` (small, trained here, ships with the repository) and
+``paper`` (published sizes; arXiv 2502.03128 section 4.1 and appendix A, arXiv 2409.00750 table 9).
+
+Axis letters used in the whole library: ``B`` batch, ``T`` frames at 50 Hz, ``Q`` codebooks,
+``C`` channels, ``S`` samples, ``L`` phones, ``P`` prompt frames, ``V`` vocabulary, ``H`` hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from metis_lib.errors import MetisError
+
+FRAME_RATE = 50
+"""Frames (tokens) a second, of every token stream."""
+SSL_RATE = 16_000
+"""Sample rate in Hz of what the SSL encoder hears."""
+AUDIO_RATE = 24_000
+"""Sample rate in Hz of the acoustic codec and of everything the system says."""
+
+
+@dataclass(frozen=True)
+class SSLConfig:
+    """SSL encoder: a w2v-BERT 2.0 conformer, of which only ``output_layer`` layers are computed."""
+
+    hidden_size: int = 1024
+    num_layers: int = 24
+    output_layer: int = 17
+    num_heads: int = 16
+    intermediate_size: int = 4096
+    input_dim: int = 160
+    conv_kernel: int = 31
+    left_positions: int = 64
+    right_positions: int = 8
+
+
+@dataclass(frozen=True)
+class SemanticCodecConfig:
+    """VQ-VAE over SSL features ("RepCodec"): one codebook, 50 tokens a second."""
+
+    hidden_size: int = 1024
+    codebook_size: int = 8192
+    codebook_dim: int = 8
+    vocos_dim: int = 384
+    vocos_intermediate_dim: int = 2048
+    vocos_num_layers: int = 12
+    commitment: float = 0.15
+    codebook_loss_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class AcousticCodecConfig:
+    """24 kHz codec: encoder, residual vector quantiser, Vocos decoder.
+
+    ``encoder`` is ``"waveform"`` (DAC style, as published) or ``"mel"`` (ConvNeXt over log-mel frames:
+    our choice for nano, six times faster to train on a CPU).
+    """
+
+    encoder: str = "waveform"
+    encoder_dim: int = 96
+    strides: tuple[int, ...] = (3, 4, 5, 8)
+    mel_bins: int = 100
+    encoder_intermediate_dim: int = 0
+    encoder_num_layers: int = 0
+    latent_dim: int = 256
+    num_quantizers: int = 12
+    codebook_size: int = 1024
+    codebook_dim: int = 8
+    quantizer_dropout: float = 0.5
+    commitment: float = 0.25
+    codebook_loss_weight: float = 1.0
+    vocos_dim: int = 512
+    vocos_intermediate_dim: int = 4096
+    vocos_num_layers: int = 30
+    n_fft: int = 1920
+    hop_size: int = 480
+    sample_rate: int = AUDIO_RATE
+
+
+@dataclass(frozen=True)
+class Stage1Config:
+    """Masked generative transformer over SSL tokens (Metis section 3.3).
+
+    ``adapter`` is ``"none"``, ``"gated"`` (a zero-initialised gate: VC, TSE, SE, Omni) or ``"plain"`` (L2S).
+    ``text_hint`` is ``"none"`` (as published) or ``"even"``: the phones are also stretched evenly over the
+    target frames and added to the input, which lets small models align text within minutes.
+    """
+
+    hidden_size: int = 1536
+    num_layers: int = 16
+    num_heads: int = 16
+    codebook_size: int = 8192
+    use_phones: bool = False
+    phone_vocab: int = 1024
+    adapter: str = "none"
+    cond_dim: int = 1024
+    text_hint: str = "none"
+    hint_kernel: int = 7
+
+
+@dataclass(frozen=True)
+class Stage2Config:
+    """Masked generative acoustic decoder (MaskGCT section 3.2.3): SSL tokens to ``Q`` acoustic layers.
+
+    Two of them make a system: one that predicts layer 1 alone (``num_quantizers=1``) and one that
+    predicts layers 2 to ``Q`` given layer 1.
+    """
+
+    num_quantizers: int = 12
+    predict_layer_1: bool = False
+    hidden_size: int = 1024
+    num_layers: int = 16
+    num_heads: int = 16
+    codebook_size: int = 1024
+    semantic_codebook_size: int = 8192
+
+
+@dataclass(frozen=True)
+class SystemConfig:
+    """All parts of one system."""
+
+    name: str = "paper"
+    ssl: SSLConfig = field(default_factory=SSLConfig)
+    semantic: SemanticCodecConfig = field(default_factory=SemanticCodecConfig)
+    acoustic: AcousticCodecConfig = field(default_factory=AcousticCodecConfig)
+    stage1: Stage1Config = field(default_factory=Stage1Config)
+    stage2_layer1: Stage2Config = field(default_factory=lambda: Stage2Config(num_quantizers=1, predict_layer_1=True))
+    stage2_full: Stage2Config = field(default_factory=Stage2Config)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How one masked generative model is decoded (values of the released scripts by default).
+
+    ``top_fraction`` of the vocabulary is kept before sampling (released ``filter_thres`` is one minus it).
+    """
+
+    steps: int = 25
+    cfg: float = 0.0
+    rescale: float = 0.75
+    temperature: float = 0.9
+    top_fraction: float = 1 - 0.98
+    choice_temperature: float = 1.0
+
+
+def _nano() -> SystemConfig:
+    # Sized so that all shipped weights stay below 10 MB in bf16 (about 4.9 M parameters).
+    stage2: dict[str, Any] = dict(
+        hidden_size=96, num_layers=2, num_heads=3, codebook_size=128, semantic_codebook_size=512
+    )
+    return SystemConfig(
+        name="nano",
+        ssl=SSLConfig(hidden_size=96, num_layers=4, output_layer=4, num_heads=3, intermediate_size=288, conv_kernel=15),
+        semantic=SemanticCodecConfig(
+            hidden_size=96, codebook_size=512, vocos_dim=64, vocos_intermediate_dim=192, vocos_num_layers=2
+        ),
+        acoustic=AcousticCodecConfig(
+            encoder="mel",
+            encoder_dim=128,
+            encoder_intermediate_dim=256,
+            encoder_num_layers=2,
+            latent_dim=64,
+            codebook_size=128,
+            vocos_dim=160,
+            vocos_intermediate_dim=416,
+            vocos_num_layers=4,
+        ),
+        stage1=Stage1Config(hidden_size=96, num_layers=4, num_heads=3, codebook_size=512, cond_dim=96),
+        stage2_layer1=Stage2Config(num_quantizers=1, predict_layer_1=True, **stage2),
+        stage2_full=Stage2Config(num_quantizers=12, **stage2),
+    )
+
+
+def _debug() -> SystemConfig:
+    stage2: dict[str, Any] = dict(
+        hidden_size=32, num_layers=2, num_heads=2, codebook_size=32, semantic_codebook_size=48
+    )
+    return SystemConfig(
+        name="debug",
+        ssl=SSLConfig(hidden_size=32, num_layers=3, output_layer=2, num_heads=2, intermediate_size=64, conv_kernel=7),
+        semantic=SemanticCodecConfig(
+            hidden_size=32, codebook_size=48, vocos_dim=16, vocos_intermediate_dim=32, vocos_num_layers=1
+        ),
+        acoustic=AcousticCodecConfig(
+            encoder="mel",
+            encoder_dim=16,
+            encoder_intermediate_dim=32,
+            encoder_num_layers=1,
+            latent_dim=16,
+            num_quantizers=12,
+            codebook_size=32,
+            vocos_dim=16,
+            vocos_intermediate_dim=32,
+            vocos_num_layers=1,
+        ),
+        stage1=Stage1Config(hidden_size=32, num_layers=2, num_heads=2, codebook_size=48, cond_dim=32),
+        stage2_layer1=Stage2Config(num_quantizers=1, predict_layer_1=True, **stage2),
+        stage2_full=Stage2Config(num_quantizers=12, **stage2),
+    )
+
+
+PRESETS = {"debug": _debug, "nano": _nano, "paper": SystemConfig}
+
+
+def preset(name: str) -> SystemConfig:
+    """The configuration of a whole system by name: ``debug``, ``nano`` or ``paper``."""
+    if name not in PRESETS:
+        raise MetisError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]()
+
+
+C = TypeVar("C")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON types."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+    """A configuration of type ``cls`` from plain JSON types; unknown keys are an error that names them."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise MetisError(f"unknown keys in a {cls.__name__}: {', '.join(unknown)}")
+    default = cls()
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        current = getattr(default, key)
+        if dataclasses.is_dataclass(current) and isinstance(value, dict):
+            value = from_dict(type(current), value)
+        elif isinstance(current, tuple):
+            value = tuple(value)
+        arguments[key] = value
+    return cls(**arguments)
+
+
+def save_config(path: str | Path, config: Any) -> None:
+    """Write a configuration as JSON (written beside and renamed)."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(to_dict(config), indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def load_config(path: str | Path, cls: type[C]) -> C:
+    """Read a configuration of type ``cls`` written by :func:`save_config`."""
+    path = Path(path)
+    if not path.is_file():
+        raise MetisError(f"no configuration at {path}")
+    try:
+        values = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MetisError(f"{path} is not valid JSON ({error})") from error
+    return from_dict(cls, values)

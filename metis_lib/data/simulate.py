@@ -1,0 +1,279 @@
+"""Degraded speech as the paper makes it (arXiv 2502.03128 section 4.2.4), and the signal tools for it.
+
+Waveforms here are numpy float32 ``[S]`` in [-1, 1]; chance comes from a seeded
+``numpy.random.Generator``, so the same seed gives the same samples.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metis_lib.errors import MetisError
+
+LEVEL_DB = -23.0
+"""RMS level in dBFS that every utterance of the corpus is brought to."""
+
+
+def level(wav: np.ndarray, level_db: float = LEVEL_DB, peak: float = 0.97) -> np.ndarray:
+    """Scale [S] to an RMS of ``level_db`` dBFS, or less where the peak would pass ``peak``."""
+    rms = float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))) + 1e-12
+    top = float(np.max(np.abs(wav))) + 1e-12
+    return (wav * min(10 ** (level_db / 20) / rms, peak / top)).astype(np.float32)
+
+
+def frame_db(wav: np.ndarray, rate: int, seconds: float = 0.01) -> np.ndarray:
+    """Level in dB of every ``seconds`` long frame of [S]."""
+    n = max(int(rate * seconds), 1)
+    frames = np.pad(wav, (0, -len(wav) % n)).reshape(-1, n).astype(np.float64)
+    return 10 * np.log10(np.mean(frames**2, axis=1) + 1e-10)
+
+
+def trim(wav: np.ndarray, rate: int, *, below_db: float = 38.0, keep: float = 0.08) -> np.ndarray:
+    """Cut silence at both ends of [S], all frames ``below_db`` under the loudest, but ``keep`` seconds."""
+    db = frame_db(wav, rate)
+    loud = np.flatnonzero(db > db.max() - below_db)
+    first, last = loud[0] / 100 - keep, (loud[-1] + 1) / 100 + keep
+    out = wav[max(int(first * rate), 0) : int(last * rate)].copy()
+    fade = min(int(0.005 * rate), len(out) // 2)
+    ramp = np.linspace(0, 1, fade, dtype=out.dtype)
+    out[:fade] *= ramp
+    out[len(out) - fade :] *= ramp[::-1]
+    return out
+
+
+def power(wav: np.ndarray) -> float:
+    """Mean square of [S]."""
+    return float(np.mean(np.square(wav, dtype=np.float64)))
+
+
+def colour(length: int, slope: float, generator: np.random.Generator) -> np.ndarray:
+    """Gaussian noise [S] whose power falls by f**-slope (0 white, 1 pink), RMS 1."""
+    spectrum = np.fft.rfft(generator.standard_normal(length))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 1) ** (slope / 2)
+    wav = np.fft.irfft(spectrum, length)
+    return (wav / np.sqrt(power(wav))).astype(np.float32)
+
+
+def band_limit(wav: np.ndarray, rate: int, hz: float) -> np.ndarray:
+    """Remove what lies above ``hz`` from [S] by resampling there and back; length and timing stay."""
+    import soxr
+
+    if 2 * hz >= rate:
+        return wav
+    narrow = soxr.resample(wav, rate, 2 * hz, quality="HQ")
+    back = soxr.resample(narrow, 2 * hz, rate, quality="HQ")
+    return np.pad(back, (0, max(len(wav) - len(back), 0)))[: len(wav)].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recording in memory: ``wav`` int16 or float32 [S]; ``name`` says what it is or who speaks."""
+
+    name: str
+    wav: np.ndarray
+
+    def cut(self, length: int, generator: np.random.Generator) -> np.ndarray:
+        """A random stretch of ``length`` samples, repeated where the recording is shorter."""
+        wav = self.wav
+        if len(wav) < length:
+            wav = np.tile(wav, -(-length // len(wav)))
+        start = int(generator.integers(len(wav) - length + 1))
+        part = wav[start : start + length].astype(np.float32)
+        return part / 32768 if self.wav.dtype == np.int16 else part
+
+
+@dataclass(frozen=True)
+class Noises:
+    """What can be added to speech: ambient recordings, babble of other speakers, pink and white noise.
+
+    ``weights`` are the odds of ambient, babble, pink, white; a kind without recordings is left out.
+    """
+
+    ambient: Sequence[Recording] = ()
+    speech: Sequence[Recording] = ()
+    weights: tuple[float, float, float, float] = (0.5, 0.25, 0.125, 0.125)
+    talkers: tuple[int, int] = (3, 6)
+
+    def sample(
+        self,
+        length: int,
+        generator: np.random.Generator,
+        *,
+        kind: str | None = None,
+        exclude: str | None = None,
+    ) -> tuple[np.ndarray, str]:
+        """Noise [S] of any level and its name.
+
+        Args:
+            length: samples.
+            generator: source of chance.
+            kind: ``ambient``, ``babble``, ``pink`` or ``white``; None draws by ``weights``.
+            exclude: a speaker who must not be heard in the babble.
+        """
+        odds = np.array(self.weights) * [bool(self.ambient), bool(self.speech), True, True]
+        drawn = ("ambient", "babble", "pink", "white")[int(generator.choice(4, p=odds / odds.sum()))]
+        kind = kind or drawn
+        if kind == "ambient":
+            chosen = self.ambient[int(generator.integers(len(self.ambient)))]
+            return chosen.cut(length, generator), f"ambient:{chosen.name}"
+        if kind == "babble":
+            others = [s for s in self.speech if s.name != exclude]
+            count = min(int(generator.integers(self.talkers[0], self.talkers[1] + 1)), len(others))
+            who = generator.choice(len(others), count, replace=False)
+            parts = [others[int(i)].cut(length, generator) for i in who]
+            wav = np.stack([p / np.sqrt(power(p) + 1e-9) for p in parts]).sum(axis=0)
+            return wav.astype(np.float32), f"babble:{count}"
+        return colour(length, 1.0 if kind == "pink" else 0.0, generator), kind
+
+    @classmethod
+    def load(
+        cls, corpus: str | os.PathLike[str], *, split: str = "train", speech: int = 160, seed: int = 0
+    ) -> Noises:
+        """The corpus's noise: ambient recordings of ``split`` and ``speech`` utterances for babble.
+
+        Args:
+            corpus: folder made by ``metis prepare nano``.
+            split: recordings for training or those held out (``test``).
+            speech: how many utterances of that split are kept in memory (about 0.25 MB each).
+            seed: which ones.
+
+        Raises:
+            MetisError: the corpus is not there.
+        """
+        import soundfile
+
+        from metis_lib.data.manifest import read_jsonl, read_manifest
+
+        corpus = Path(corpus)
+        listed = [r for r in read_jsonl(corpus / "noise.jsonl") if r["split"] == split]
+        if not listed:
+            raise MetisError(f"{corpus}: no noise for {split!r}; run `metis prepare nano` first")
+        ambient = [Recording(r["id"], soundfile.read(corpus / r["path"], dtype="int16")[0]) for r in listed]
+        rows = [r for r in read_manifest(corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
+        chosen = np.random.default_rng(seed).permutation(len(rows))[:speech]
+        talk = [Recording(rows[i].speaker, soundfile.read(rows[i].audio, dtype="int16")[0]) for i in chosen]
+        return cls(ambient, talk)
+
+
+@dataclass(frozen=True)
+class Rooms:
+    """A bank of room impulse responses: ``rirs`` [N, S], direct path of height 1 at sample ``direct`` [N]."""
+
+    rirs: np.ndarray
+    length: np.ndarray
+    direct: np.ndarray
+    rt60: np.ndarray
+
+    @classmethod
+    def load(cls, corpus: str | os.PathLike[str]) -> Rooms:
+        """``rirs.safetensors`` of the corpus (24 kHz).
+
+        Raises:
+            MetisError: the file is not there.
+        """
+        from safetensors.numpy import load_file
+
+        path = Path(corpus) / "rirs.safetensors"
+        if not path.is_file():
+            raise MetisError(f"{path}: no room impulse responses; run `metis prepare nano` first")
+        return cls(**load_file(path))
+
+    def apply(self, wav: np.ndarray, room: int) -> np.ndarray:
+        """[S] as heard in room number ``room``, the direct path where it was; same length."""
+        from scipy.signal import fftconvolve
+
+        rir = self.rirs[room, : self.length[room]].astype(np.float32)
+        start = int(self.direct[room])
+        return fftconvolve(wav, rir)[start : start + len(wav)].astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Degradation:
+    """Odds and ranges of :func:`degrade`; the defaults are the paper's (section 4.2.4).
+
+    Attributes:
+        noise_p, snr_db: probability of noise; range of the signal-to-noise ratio in dB.
+        reverb_p: probability of a room.
+        band_p, band_hz: probability of a band limit; the bandwidths in Hz (the paper does not say
+            whether bandwidth or sample rate is meant: here bandwidth).
+        clip_p, clip_db: probability of clipping (not in the paper); range of dB below the peak.
+    """
+
+    noise_p: float = 0.9
+    snr_db: tuple[float, float] = (-5.0, 20.0)
+    reverb_p: float = 0.35
+    band_p: float = 0.25
+    band_hz: tuple[int, ...] = (2000, 4000, 8000)
+    clip_p: float = 0.0
+    clip_db: tuple[float, float] = (3.0, 15.0)
+
+
+def degrade(
+    wav: np.ndarray,
+    rate: int,
+    *,
+    noises: Noises,
+    generator: np.random.Generator,
+    params: Degradation = Degradation(),
+    rooms: Rooms | None = None,
+    speaker: str | None = None,
+    noise_kind: str | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Degrade clean speech: room, then noise, then clipping, then band limit.
+
+    Args:
+        wav: clean speech [S] (array or CPU tensor), float.
+        rate: its sample rate in Hz (rooms: the rate of the bank).
+        noises: what noise there is.
+        generator: source of chance.
+        params: odds and ranges.
+        rooms: impulse responses; None: never a room.
+        speaker: who speaks, so that babble is of others.
+        noise_kind: one kind of noise instead of a drawn one.
+
+    Returns:
+        (degraded [S], target [S], what was done).  The target is the clean speech at the time and level of
+        the direct path; both share one gain, below 1 only where the sum would pass 0.99.  ``what was
+        done`` has ``room`` (number or None), ``rt60`` (s), ``noise`` (name or None), ``snr_db`` (over the
+        whole utterance, reverberant speech against noise, before clipping and band limit), ``clip_db``,
+        ``band_hz`` and ``gain``.
+
+    Raises:
+        MetisError: empty or silent speech.
+    """
+    clean: np.ndarray = np.asarray(wav, dtype=np.float32)
+    if clean.ndim != 1 or not len(clean) or not np.abs(clean).max() > 0:
+        raise MetisError("only one channel of speech that is not silent can be degraded")
+    # every draw is made, used or not, so that one choice does not shift the next
+    noisy_u, reverb_u, band_u, clip_u = generator.random(4)
+    snr = float(generator.uniform(*params.snr_db))
+    room = int(generator.integers(len(rooms.length))) if rooms is not None else 0
+    band = int(generator.choice(params.band_hz))
+    below = float(generator.uniform(*params.clip_db))
+    done: dict[str, Any] = dict.fromkeys(("room", "rt60", "noise", "snr_db", "clip_db", "band_hz"))
+    out: np.ndarray = clean
+    if rooms is not None and reverb_u < params.reverb_p:
+        out = rooms.apply(clean, room)
+        done.update(room=room, rt60=round(float(rooms.rt60[room]), 3))
+    if noisy_u < params.noise_p:
+        noise, name = noises.sample(len(clean), generator, kind=noise_kind, exclude=speaker)
+        if power(noise) < 1e-9:  # a pause in the recording
+            noise, name = colour(len(clean), 1.0, generator), "pink"
+        out = out + (noise * np.sqrt(power(out) / power(noise) / 10 ** (snr / 10))).astype(np.float32)
+        done.update(noise=name, snr_db=round(snr, 3))
+    if clip_u < params.clip_p:
+        limit = np.abs(out).max() * 10 ** (-below / 20)
+        out = np.clip(out, -limit, limit)
+        done["clip_db"] = round(below, 3)
+    if band_u < params.band_p:
+        out = band_limit(out, rate, band)
+        done["band_hz"] = band
+    gain = min(1.0, 0.99 / max(float(np.abs(out).max()), float(np.abs(clean).max())))
+    done["gain"] = round(gain, 6)
+    return (out * gain).astype(np.float32), (clean * gain).astype(np.float32), done

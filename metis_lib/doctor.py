@@ -1,0 +1,262 @@
+"""What works on this machine, and what to do about what does not.  ``metis doctor`` prints it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metis_lib.errors import MetisError
+
+SETUP = "run: make setup   (or: pip install -c constraints.txt -e '.[all]')"
+PREPARE = "run: metis prepare judges"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor: ``status`` is ``ok``, ``warn`` (a part is missing) or ``fail``."""
+
+    name: str
+    status: str
+    detail: str
+    fix: str = ""
+
+
+Result = tuple[str, str, str]
+
+
+def _python() -> Result:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return "ok", version + (" (tested with 3.11)" if sys.version_info[:2] != (3, 11) else ""), ""
+
+
+def _torch() -> Result:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads", ""
+
+
+def best_device() -> str:
+    """``"cuda"``, ``"mps"`` or ``"cpu"``: the first that this torch can use."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _device() -> Result:
+    import torch
+
+    device = best_device()
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        return "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", ""
+    return "ok", f"{device}: nano runs here; train and run paper-sized models on a GPU", ""
+
+
+def _seconds(device: str, dtype: Any, size: int) -> float:
+    """The least seconds of one matrix product ``[size, size]`` out of a few."""
+    import torch
+
+    def wait() -> None:
+        if device != "cpu":
+            getattr(torch, device).synchronize()
+
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    times = []
+    for _ in range(5):
+        wait()
+        began = time.perf_counter()
+        x @ x
+        wait()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def _bf16() -> Result:
+    import torch
+
+    device = best_device()
+    size = 512 if device == "cpu" else 4096
+    ratio = _seconds(device, torch.float32, size) / _seconds(device, torch.bfloat16, size)
+    speed = f"{ratio:.1f} times as fast as float32 on {device} (one matrix product of {size})"
+    return ("ok", speed, "") if ratio >= 1 else ("ok", f"works, but only {speed}: use float32 here", "")
+
+
+def _torchaudio() -> Result:
+    from metis_lib import compat
+
+    module = compat.import_torchaudio()
+    how = "without its native library (not needed)" if compat.is_stubbed() else "with its native library"
+    return "ok", f"{module.__version__} {how}", ""
+
+
+def _lora() -> Result:
+    from metis_lib.compat import prepare_torchaudio
+
+    prepare_torchaudio()
+    import peft
+
+    return "ok", f"peft {peft.__version__}", ""
+
+
+def _phones() -> Result:
+    from metis_lib.tokenizers.text import PhoneTokenizer
+
+    return "ok", "hello → " + " ".join(PhoneTokenizer().phones("hello", language="en")), ""
+
+
+def _judge(name: str) -> Result:
+    from metis_lib import assets
+
+    state, asset = assets.status(name), assets.ASSETS[name]
+    if state == "missing":
+        return "warn", f"not fetched yet ({asset.size / 1e6:.0f} MB; {asset.purpose})", PREPARE
+    if state == "corrupt":
+        return "warn", f"a hash differs under {assets.asset_folder(name)}", PREPARE
+    began = time.perf_counter()
+    _open(name, assets.asset_folder(name))
+    return "ok", f"{asset.purpose}; hash right, opens in {time.perf_counter() - began:.1f} s", ""
+
+
+def _open(name: str, folder: Path) -> None:
+    """Open the weights of a judge as its library does."""
+    if name == "whisper-base":
+        from faster_whisper import WhisperModel
+
+        WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
+    elif name == "ecapa":
+        import torch
+
+        from metis_lib.compat import prepare_torchaudio
+
+        prepare_torchaudio()
+        from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
+
+        channels, kernels = [1024, 1024, 1024, 1024, 3072], [5, 3, 3, 3, 1]
+        model = ECAPA_TDNN(80, channels=channels, kernel_sizes=kernels, dilations=[1, 2, 3, 4, 1], lin_neurons=192)
+        weights = torch.load(folder / "embedding_model.ckpt", map_location="cpu", weights_only=True)
+        model.load_state_dict(weights)
+    else:
+        import onnxruntime
+
+        for path in sorted(folder.glob("*.onnx")):
+            onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def _intrusive() -> Result:
+    import numpy as np
+    import pesq
+    import pystoi
+
+    generator = np.random.default_rng(0)
+    seconds = np.arange(48000) / 16000
+    wave = generator.standard_normal(48000) * (np.sin(2 * np.pi * 3 * seconds) > 0) * 0.1
+    same = pesq.pesq(16000, wave, wave, "wb"), pystoi.stoi(wave, wave, 16000)
+    return "ok", f"a signal against itself: PESQ {same[0]:.2f}, STOI {same[1]:.2f}", ""
+
+
+def _nano() -> Result:
+    from metis_lib.pipeline import Metis
+
+    folder = Path(__file__).parent / "weights" / "nano"
+    files = sorted(folder.rglob("*.safetensors"))
+    if not files:
+        return "fail", f"no weights under {folder}", "clone the repository again; the weights are part of it"
+    began = time.perf_counter()
+    Metis.from_pretrained("nano", device="cpu")
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    return "ok", f"{len(files)} parts, {megabytes:.1f} MB, load in {time.perf_counter() - began:.1f} s", ""
+
+
+def _disk() -> Result:
+    from metis_lib.assets import metis_home
+
+    home = metis_home()
+    existing = next(path for path in (home, *home.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        return "fail", f"{home} cannot be written", "set METIS_HOME to a folder of yours"
+    free = shutil.disk_usage(existing).free / 1e9
+    detail = f"{free:.0f} GB free at {home}"
+    if free < 1:
+        return "fail", detail, "free 2 GB, or set METIS_HOME to another disk"
+    return ("ok", detail, "") if free >= 5 else ("warn", detail + "; corpora need about 5 GB", "")
+
+
+def _notebooks() -> Result:
+    import jupyterlab
+    import papermill
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    if "python3" not in KernelSpecManager().find_kernel_specs():
+        return "warn", "no kernel named python3", "run: python -m ipykernel install --sys-prefix"
+    return "ok", f"JupyterLab {jupyterlab.__version__}, papermill {papermill.__version__}, kernel python3", ""
+
+
+def _downloads() -> Result:
+    from metis_lib.assets import reachable
+
+    if reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+        return "ok", "the model hub answers", ""
+    return "ok", "the model hub does not answer; judges come from package registries instead", ""
+
+
+CHECKS: dict[str, tuple[Callable[[], Result], str, str]] = {
+    # name: (what is asked, status if it raises, what to do then)
+    "python": (_python, "fail", SETUP),
+    "torch": (_torch, "fail", SETUP),
+    "device": (_device, "fail", SETUP),
+    "bf16": (_bf16, "warn", "use float32 on this machine"),
+    "torchaudio": (_torchaudio, "warn", SETUP),
+    "lora": (_lora, "fail", SETUP),
+    "phones": (_phones, "fail", "pip install espeakng-loader phonemizer"),
+    "nano": (_nano, "fail", "clone the repository again; the weights are part of it"),
+    "judge whisper-base": (lambda: _judge("whisper-base"), "warn", SETUP),
+    "judge ecapa": (lambda: _judge("ecapa"), "warn", SETUP),
+    "judge speechmos": (lambda: _judge("speechmos"), "warn", SETUP),
+    "judges pesq stoi": (_intrusive, "warn", SETUP),
+    "peer nsnet2": (lambda: _judge("nsnet2"), "warn", SETUP),
+    "notebooks": (_notebooks, "warn", SETUP),
+    "disk": (_disk, "warn", "set METIS_HOME to a disk with room"),
+    "downloads": (_downloads, "warn", "check the network"),
+}
+
+
+def checks() -> list[Check]:
+    """Everything that is asked of this machine, in seconds; never raises, every failure is a line."""
+    found = []
+    for name, (ask, status, fix) in CHECKS.items():
+        try:
+            found.append(Check(name, *ask()))
+        except MetisError as error:
+            found.append(Check(name, status, str(error), fix))
+        except Exception as error:  # the doctor's purpose: whatever a library throws becomes a line
+            reason = (str(error).splitlines() or [""])[0]
+            found.append(Check(name, status, f"{type(error).__name__}: {reason}"[:160], fix))
+    return found
+
+
+def table(found: list[Check]) -> str:
+    """The checks as text, one line each and what to do below those that are not ok."""
+    width = max(len(check.name) for check in found)
+    lines = []
+    for check in found:
+        lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.detail}")
+        if check.fix and check.status != "ok":
+            lines.append(f"{'':<4}  {'':<{width}}  → {check.fix}")
+    return "\n".join(lines)
+
+
+def as_json(found: list[Check]) -> str:
+    """The checks as one JSON document: ``{"ok": bool, "checks": [{name, status, detail, fix}]}``."""
+    ok = all(check.status != "fail" for check in found)
+    return json.dumps({"ok": ok, "checks": [dataclasses.asdict(check) for check in found]}, indent=1)

@@ -1,0 +1,173 @@
+"""Metrics that need no model: word errors, alignment, PESQ, STOI, cosine; and the table of protocols.
+
+Every number is printed with a protocol id; numbers of different protocols never share a column.
+A metric that cannot be computed raises :class:`MetricFailure` with a reason: ``null``, never a number.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+JUDGE_RATE = 16_000
+"""Sample rate in Hz at which every judge listens (soxr HQ from whatever the system gives)."""
+MAX_DELAY_MS = 50.0
+"""Generated speech is aligned by at most this delay before PESQ and STOI."""
+
+WER = "wer/whisper-base-int8-norm@1"
+WER_CORPUS = "wer/whisper-base-int8-norm-corpus@1"
+SIM = "sim/ecapa-voxceleb@1"
+DNSMOS = "dnsmos/p835-2022@1"
+PESQ = "pesq/wb-p862.2-align50ms@1"
+STOI = "stoi/pystoi-align50ms@1"
+
+PROTOCOLS: dict[str, str] = {
+    WER: "faster-whisper base int8, English, beam 5, temperature 0, no timestamps, first 30 s; both texts by "
+    "whisper-normalizer English; mean of the utterances' rates (macro, as Seed-TTS does); fraction",
+    WER_CORPUS: f"transcripts of {WER}; all word errors divided by all reference words; fraction",
+    SIM: "cosine of SpeechBrain ECAPA-TDNN (VoxCeleb) embeddings of whole recordings, one at a time",
+    DNSMOS: "DNSMOS P.835 (2022 model), polyfit, non-personalised, mean over 9.01 s windows, hop 1 s",
+    PESQ: "P.862.2 wide band at 16 kHz against the clean recording, a delay of at most 50 ms removed "
+    "(cross-correlation); it punishes phase and timing of generated speech, so read it with care",
+    STOI: "pystoi (not extended) against the clean recording, aligned as for PESQ; same caution",
+}
+METRICS: dict[str, str] = {
+    "wer": WER,
+    "wer_corpus": WER_CORPUS,
+    "sim_prompt": SIM,
+    "sim_target": SIM,
+    "sim_other": SIM,
+    "dnsmos_sig": DNSMOS,
+    "dnsmos_bak": DNSMOS,
+    "dnsmos_ovrl": DNSMOS,
+    "pesq_wb": PESQ,
+    "stoi": STOI,
+}
+"""Metric key to protocol id."""
+LOWER_IS_BETTER = frozenset({"wer", "wer_corpus"})
+"""``sim_other`` is neither: it is the control, the similarity to somebody else, and must be low."""
+
+Wave = NDArray[np.float32]
+
+
+class MetricFailure(Exception):
+    """A metric could not be computed; the message is the reason that is written beside the ``null``."""
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """Edit counts of one utterance after normalisation."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    words: int
+
+    @property
+    def errors(self) -> int:
+        return self.substitutions + self.deletions + self.insertions
+
+    @property
+    def rate(self) -> float:
+        """Errors divided by reference words (a fraction; may exceed 1)."""
+        return self.errors / self.words
+
+
+@functools.cache
+def _english_normaliser() -> Callable[[str], str]:
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    return EnglishTextNormalizer()
+
+
+def normalise_english(text: str) -> str:
+    """Whisper's English normalisation: lower case, no punctuation, numbers and spellings made equal."""
+    return _english_normaliser()(text).strip()
+
+
+def word_errors(reference: str, heard: str) -> WordErrors:
+    """Word errors of ``heard`` against ``reference``, both normalised first.
+
+    Raises:
+        MetricFailure: the reference has no words after normalisation.
+    """
+    import jiwer
+
+    truth = normalise_english(reference)
+    if not any(character.isalnum() for character in truth):
+        raise MetricFailure("the reference text has no words after normalisation")
+    counts = jiwer.process_words(truth, normalise_english(heard))
+    return WordErrors(counts.substitutions, counts.deletions, counts.insertions, len(truth.split()))
+
+
+def align(reference: Wave, signal: Wave, rate: int, max_ms: float = MAX_DELAY_MS) -> tuple[Wave, Wave, float]:
+    """Remove a constant delay of ``signal`` ``[S']`` against ``reference`` ``[S]``; both cut to the shorter.
+
+    The delay is the highest peak of the cross-correlation within ``max_ms``; returned in ms (positive: late).
+    """
+    from scipy.signal import correlate
+
+    limit = int(round(rate * max_ms / 1000))
+    size = min(len(reference), len(signal))
+    limit = min(limit, max(size - 1, 0))
+    correlation = correlate(signal, reference, mode="full", method="fft")
+    zero = len(reference) - 1
+    delay = int(np.argmax(correlation[zero - limit : zero + limit + 1])) - limit
+    late, early = (signal[delay:], reference) if delay >= 0 else (signal, reference[-delay:])
+    size = min(len(late), len(early))
+    return early[:size], late[:size], 1000.0 * delay / rate
+
+
+def _pair(reference: Wave, signal: Wave) -> tuple[Wave, Wave]:
+    difference = abs(len(reference) - len(signal)) / JUDGE_RATE
+    if difference > 0.25:
+        raise MetricFailure(
+            f"the lengths differ by {difference:.2f} s: not the same utterance sample by sample"
+        )
+    aligned_reference, aligned_signal, _ = align(reference, signal, JUDGE_RATE)
+    return aligned_reference, aligned_signal
+
+
+def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
+    """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz.
+
+    Raises:
+        MetricFailure: no utterance found, or too short.
+    """
+    import pesq
+
+    reference, signal = _pair(reference_16k, signal_16k)
+    try:
+        with np.errstate(invalid="ignore"):
+            return float(pesq.pesq(JUDGE_RATE, reference, signal, "wb"))
+    except (pesq.PesqError, ValueError, ZeroDivisionError) as error:
+        reason = error.args[0] if error.args else type(error).__name__
+        reason = reason.decode() if isinstance(reason, bytes) else str(reason)
+        raise MetricFailure(f"PESQ: {reason}") from error
+
+
+def stoi(reference_16k: Wave, signal_16k: Wave) -> float:
+    """Short-time objective intelligibility, 0 to 1, of ``[S]`` at 16 kHz.
+
+    Raises:
+        MetricFailure: fewer than 30 frames that are not silent.
+    """
+    from pystoi import stoi as pystoi
+
+    reference, signal = _pair(reference_16k, signal_16k)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            return float(pystoi(reference, signal, JUDGE_RATE, extended=False))
+        except (RuntimeWarning, ValueError, ZeroDivisionError) as error:
+            raise MetricFailure(f"STOI: {str(error).splitlines()[0]}") from error
+
+
+def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Cosine of two vectors ``[C]``, -1 to 1."""
+    return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))

@@ -1,0 +1,274 @@
+"""What is judged: the items of a test set, and the systems that make audio of them.
+
+Audio is kept by the hash of everything that made it, so that a killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from metis_lib import audio
+from metis_lib.errors import MetisError
+from metis_lib.evaluation import record
+
+TASKS = ("codec", "se", "tts")
+FIXED_SYSTEMS = {
+    "codec": ("recording", "resynthesis"),
+    "se": ("clean", "noisy", "resynthesis", "nsnet2"),
+    "tts": ("recording", "resynthesis"),
+}
+"""Systems of a task that are not the model (see :func:`systems_of`)."""
+SYSTEM_ABOUT = {
+    "recording": "the recording itself: what a perfect system would get from these judges",
+    "clean": "the clean recording: what a perfect system would get from these judges",
+    "noisy": "the input",
+    "resynthesis": "the clean recording through the acoustic codec: the ceiling of every system that uses it",
+    "nsnet2": "NSNet2, a recurrent denoiser (DNS challenge baseline), 16 kHz, nothing above 8 kHz",
+}
+_MODEL_CODE = ("audio.py", "config.py", "pipeline.py", "checkpoints.py", "models", "tokenizers", "tasks")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of a test set; ``other`` is a recording of another speaker (the control)."""
+
+    id: str
+    task: str
+    speaker: str
+    text: str
+    clean: Path
+    noisy: Path | None = None
+    prompt: Path | None = None
+    prompt_text: str = ""
+    other: Path | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def reference(self, key: str) -> Path | None:
+        """The recording that a similarity metric compares with."""
+        return {"sim_prompt": self.prompt, "sim_target": self.clean, "sim_other": self.other}[key]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What one system made of one item; ``path`` is None and ``error`` says why when there is nothing."""
+
+    item: Item
+    system: str
+    seed: int | None
+    path: Path | None
+    seconds_to_make: float | None = None
+    error: str | None = None
+
+
+def testset_folder(testset: str | Path) -> Path:
+    """The folder of a test set, given by path or by its name under ``eval/testsets``."""
+    for place in (Path(testset).expanduser(), record.ROOT / "eval" / "testsets" / str(testset)):
+        if (place / "manifest.jsonl").is_file():
+            return place.resolve()
+    raise MetisError(f"no test set {str(testset)!r}: expected a folder with a manifest.jsonl")
+
+
+def load_items(testset: str | Path, task: str, limit: int | None = None) -> list[Item]:
+    """The items of ``task``, in the manifest's order; the first ``limit`` of them.
+
+    Raises:
+        MetisError: unknown task or test set, a broken row, a missing file or the same id twice.
+    """
+    if task not in TASKS:
+        raise MetisError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
+    if limit is not None and limit < 1:
+        raise MetisError(f"limit is a positive number of items, got {limit}")
+    folder = testset_folder(testset)
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate((folder / "manifest.jsonl").read_text().splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {"task": None}
+            if row["task"] == task:
+                needed = {"se": ("noisy",), "tts": ("prompt", "prompt_text")}.get(task, ())
+                missing = [key for key in ("id", "speaker", "text", "clean", *needed) if not row.get(key)]
+                if missing:
+                    raise MetisError(f"test set row {number} lacks {', '.join(missing)}")
+                rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MetisError(f"test set row {number} of {folder.name} is not valid ({error})") from error
+    if not rows:
+        raise MetisError(f"the test set {folder.name} has no items for the task {task}")
+    ids = [row["id"] for row in rows]
+    if len(set(ids)) < len(ids):
+        raise MetisError(f"the test set {folder.name} has the same id twice in the task {task}")
+    voice = "prompt" if task == "tts" else "clean"
+    speakers = sorted({row["speaker"] for row in rows})
+    items = []
+    for row in rows[:limit]:
+        paths = {key: (folder / row[key]).resolve() for key in ("clean", "noisy", "prompt") if row.get(key)}
+        for path in paths.values():
+            if not path.is_file():
+                raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
+        neighbour = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
+        others = [other for other in rows if other["speaker"] == neighbour != row["speaker"]]
+        used = {"id", "task", "speaker", "text", "clean", "noisy", "prompt", "prompt_text"}
+        items.append(
+            Item(
+                id=row["id"],
+                task=task,
+                speaker=row["speaker"],
+                text=row["text"],
+                prompt_text=row.get("prompt_text", ""),
+                other=(folder / others[0][voice]).resolve() if others else None,
+                extra={key: value for key, value in row.items() if key not in used},
+                **paths,
+            )
+        )
+    return items
+
+
+def model_label(checkpoint: str) -> str:
+    """The name of the model's row: the last part of the checkpoint's name or path."""
+    return Path(checkpoint).name
+
+
+def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
+    """All systems of a task: the fixed rows and, except for the codec, the model."""
+    return [*FIXED_SYSTEMS[task], *([] if task == "codec" else [model_label(checkpoint)])]
+
+
+def check_systems(task: str, systems: Sequence[str], checkpoint: str) -> None:
+    """Raise a MetisError if a system is unknown or named twice."""
+    known = systems_of(task, checkpoint)
+    unknown = [system for system in systems if system not in known]
+    if unknown or len(set(systems)) < len(systems) or not systems:
+        what = f"unknown system {unknown[0]!r}" if unknown else "no system, or one twice,"
+        raise MetisError(f"{what} for the task {task}; choose among {', '.join(known)}")
+
+
+class Systems:
+    """Makes audio: every system is a function of an item and a seed; models load at their first use."""
+
+    def __init__(self, checkpoint: str = "nano", device: str = "auto") -> None:
+        self.checkpoint, self.device = checkpoint, device
+        self._loaded: dict[str, Any] = {}
+        self._hashes = record.checkpoint_hashes(checkpoint)
+        self._code = {
+            "model": record.code_hash(*_MODEL_CODE),
+            "nsnet2": record.code_hash("evaluation/peers.py"),
+        }
+
+    def _metis(self) -> Any:
+        if "metis" not in self._loaded:
+            from metis_lib.pipeline import Metis
+
+            self._loaded["metis"] = Metis.from_pretrained(self.checkpoint, device=self.device)
+        return self._loaded["metis"]
+
+    @property
+    def used_device(self) -> str:
+        """Where the model ran; the judges run on the CPU."""
+        metis = self._loaded.get("metis")
+        return str(getattr(metis, "device", self.device)) if metis is not None else "cpu"
+
+    def source(self, system: str, item: Item) -> Path | None:
+        """The file of the test set that a system is, or None if it has to be made."""
+        return {"recording": item.clean, "clean": item.clean, "noisy": item.noisy}.get(system)
+
+    def is_model(self, system: str, task: str) -> bool:
+        """Whether ``system`` is the generative model (and has seeds)."""
+        return system not in FIXED_SYSTEMS[task]
+
+    def key(self, system: str, item: Item, seed: int | None) -> str:
+        """Hash of everything that the audio depends on."""
+        inputs = [item.noisy if item.task == "se" and system != "resynthesis" else item.clean, item.prompt]
+        parts: dict[str, Any] = {
+            "system": "model" if self.is_model(system, item.task) else system,
+            "task": item.task,
+            "inputs": [record.sha256_file(path) if path else None for path in inputs],
+            "texts": [item.text, item.prompt_text],
+            "seed": seed,
+        }
+        if system == "nsnet2":
+            parts["code"] = self._code["nsnet2"]
+        elif self.source(system, item) is None:
+            parts |= {"code": self._code["model"], "device": self.device, **self._hashes}
+            parts["name"] = self.checkpoint if self._hashes["checkpoint_sha256"] is None else None
+        return record.sha256_of(parts)
+
+    def make(self, system: str, item: Item, seed: int | None) -> audio.Speech:
+        """Let ``system`` work on ``item``."""
+        if system == "nsnet2":
+            if "nsnet2" not in self._loaded:
+                from metis_lib.evaluation.peers import NSNet2
+
+                self._loaded["nsnet2"] = NSNet2()
+            peer = self._loaded["nsnet2"]
+            import torch
+
+            wav = peer(audio.read(str(item.noisy), peer.sample_rate).numpy())
+            return audio.Speech(torch.from_numpy(wav), peer.sample_rate)
+        if system == "resynthesis":
+            return self._metis().resynthesise(str(item.clean))
+        if item.task == "se":
+            return self._metis().enhance(str(item.noisy), seed=seed)
+        return self._metis().speak(
+            item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed
+        )
+
+
+def produce(
+    items: Sequence[Item],
+    systems: Sequence[str],
+    out: str | Path,
+    *,
+    checkpoint: str = "nano",
+    seeds: Sequence[int] = (0,),
+    device: str = "auto",
+    maker: Systems | None = None,
+) -> list[Clip]:
+    """Audio of every system for every item under ``<out>/<task>/<system>/audio``; what is there is kept.
+
+    An item that a system refuses (a MetisError) becomes a clip without a path that carries the reason.
+    """
+    from metis_lib.notebook import progress
+
+    task = items[0].task
+    check_systems(task, systems, checkpoint)
+    maker = maker or Systems(checkpoint, device)
+    jobs = [
+        (system, item, seed)
+        for system in systems
+        for seed in (seeds if maker.is_model(system, task) else (None,))
+        for item in items
+    ]
+    clips = []
+    for system, item, seed in progress(jobs, f"{task}: audio"):
+        folder = Path(out) / task / system / "audio"
+        stem = item.id if seed is None else f"{item.id}.seed{seed}"
+        source = maker.source(system, item)
+        path = folder / f"{stem}{source.suffix if source else '.flac'}"
+        note_path = folder / f"{stem}.json"
+        key = maker.key(system, item, seed)
+        note = record.read_json(note_path)
+        if note and note["key"] == key and path.is_file() and record.sha256_file(path) == note["sha256"]:
+            clips.append(Clip(item, system, seed, path, note["seconds_to_make"]))
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        try:
+            if source:
+                record.write_atomic(path, source.read_bytes())
+            else:
+                made = maker.make(system, item, seed)
+                audio.write(path, made.wav, made.sample_rate)
+        except MetisError as error:
+            path.unlink(missing_ok=True)
+            clips.append(Clip(item, system, seed, None, error=str(error)))
+            continue
+        took = None if source else round(time.perf_counter() - start, 3)
+        record.write_json(
+            note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took}
+        )
+        clips.append(Clip(item, system, seed, path, took))
+    return clips

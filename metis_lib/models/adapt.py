@@ -1,0 +1,80 @@
+"""What fine-tuning adds to a pre-trained stage 1: a condition adapter and LoRA (Metis sections 3.5 and 4.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metis_lib.errors import MetisError
+from metis_lib.models.transformer import initialise_mlp
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class ConditionAdapter(nn.Module):
+    """``gate * Linear(SiLU(Linear(x)))`` from ``[B, T, C]`` to ``[B, T, H]``; the scalar gate starts at 0."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.in_linear = nn.Linear(width_in, 4 * width)
+        self.out_linear = nn.Linear(4 * width, width)
+        self.gate_scale = nn.Parameter(torch.zeros(1))
+        initialise_mlp(self)
+
+    def forward(self, condition: Tensor) -> Tensor:
+        return self.out_linear(nn.functional.silu(self.in_linear(condition))) * self.gate_scale
+
+
+class PlainAdapter(nn.Sequential):
+    """The ungated adapter of lip-to-speech, ``[B, T, C]`` to ``[B, T, H]``."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__(nn.Linear(width_in, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+        initialise_mlp(self)
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.01) -> None:
+    """Put LoRA layers of ``rank`` into every attention and MLP projection of ``model``, in place.
+
+    ``alpha`` is twice the rank where not given, as published.  Base weights are frozen, LoRA weights train.
+    """
+    from metis_lib.compat import prepare_torchaudio
+
+    prepare_torchaudio()
+    import peft
+
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        bias="none",
+        target_modules=list(LORA_TARGETS),
+    )
+    peft.inject_adapter_in_model(config, model, adapter_name="default")
+
+
+def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The LoRA-wrapped linear layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """LoRA weights under the released names (``model.<layer>.lora_A.default.weight``)."""
+    return {f"model.{key}": value for key, value in model.state_dict().items() if ".lora_" in key}
+
+
+def load_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load weights of :func:`lora_state` into a model with LoRA layers; every key must fit, none may be missing."""
+    have = {f"model.{key}" for key in model.state_dict() if ".lora_" in key}
+    wrong = sorted(have ^ set(state))
+    if wrong:
+        raise MetisError(f"LoRA weights do not fit this model: {len(wrong)} keys differ, the first is {wrong[0]}")
+    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Fold LoRA into the base weights (``W + alpha / rank * B A``) and take its layers out, in place."""
+    for name, module in lora_layers(model).items():
+        module.merge()  # type: ignore[operator]
+        parent = model.get_submodule(name.rpartition(".")[0])
+        setattr(parent, name.rpartition(".")[2], module.get_base_layer())  # type: ignore[operator]

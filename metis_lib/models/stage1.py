@@ -1,0 +1,192 @@
+"""Stage 1: the masked generative transformer over SSL tokens (Metis sections 3.2 to 3.5).
+
+Conditions enter in two ways.  Text: phone embeddings, sent through an MLP and put in front of the sequence.
+Frame-level conditions (features of noisy speech, of a source, of lips): through an adapter, added to the input
+over prompt and target.  State-dict names are those of the released ``MetisStage1`` files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metis_lib.config import DecodeSettings, Stage1Config
+from metis_lib.models import masked
+from metis_lib.models.adapt import ConditionAdapter, PlainAdapter
+from metis_lib.models.transformer import MaskedTransformer, initialise_mlp
+
+
+class TextHint(nn.Module):
+    """Frame-level phones as an extra input: embedding, two convolutions, a residual gate (our addition).
+
+    A prefix alone needs far more data to align than a small model ever sees; phones stretched evenly over the
+    frames give a rough place for each sound, and the convolutions look at the neighbours.
+    """
+
+    def __init__(self, vocab: int, width: int, kernel: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        self.first = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.second = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+
+    def forward(self, phones: Tensor) -> Tensor:
+        """Frame-level phone ids ``[B, T]`` to ``[B, T, H]``."""
+        x = self.embedding(phones).transpose(1, 2)
+        x = x + self.second(nn.functional.silu(self.first(x)))
+        return x.transpose(1, 2)
+
+
+def stretch(phones: Tensor, frames: int) -> Tensor:
+    """Spread ``phones [B, L]`` evenly over ``frames``: ``[B, frames]``."""
+    index = (torch.arange(frames, device=phones.device) + 0.5) * phones.shape[1] / max(frames, 1)
+    return phones[:, index.long().clamp(max=phones.shape[1] - 1)]
+
+
+class Stage1(nn.Module):
+    """Masked generative transformer over one stream of SSL tokens."""
+
+    def __init__(self, config: Stage1Config) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.mask_emb = nn.Embedding(1, width)
+        self.cond_emb = nn.Embedding(config.codebook_size, width)  # released name of the token embedding
+        self.to_logit = nn.Linear(width, config.codebook_size)
+        if config.use_phones:
+            self.phone_emb = nn.Embedding(config.phone_vocab, width, padding_idx=config.phone_vocab - 1)
+        for part in self.children():
+            initialise_mlp(part)
+        self.diff_estimator = MaskedTransformer(width, config.num_layers, config.num_heads, cond_mlp=config.use_phones)
+        if config.adapter == "gated":
+            self.cond_adapter: nn.Module = ConditionAdapter(config.cond_dim, width)
+        elif config.adapter == "plain":
+            self.cond_adapter = PlainAdapter(config.cond_dim, width)
+        elif config.adapter != "none":
+            raise ValueError(f"adapter must be none, gated or plain, not {config.adapter!r}")
+        if config.text_hint == "even":
+            self.text_hint = TextHint(config.phone_vocab, width, config.hint_kernel)
+        elif config.text_hint != "none":
+            raise ValueError(f"text_hint must be none or even, not {config.text_hint!r}")
+
+    def embed(self, tokens: Tensor, is_masked: Tensor) -> Tensor:
+        """Embeddings ``[B, T, H]`` of ``tokens [B, T]``, with the mask embedding where ``is_masked [B, T]``."""
+        return torch.where(is_masked[..., None], self.mask_emb.weight[0], self.cond_emb(tokens))
+
+    def hidden(
+        self,
+        x: Tensor,
+        t: Tensor,
+        *,
+        phones: Tensor | None = None,
+        mask: Tensor | None = None,
+        phone_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states ``[B, T, H]`` of embeddings ``x [B, T, H]`` at times ``t [B]``.
+
+        ``phones [B, L]`` are put in front; ``mask [B, T]`` and ``phone_mask [B, L]`` are True where something is.
+        """
+        frames = x.shape[1]
+        if phones is not None:
+            prefix = self.diff_estimator.cond_mlp(self.phone_emb(phones))
+            x = torch.cat([prefix, x], dim=1)
+            if mask is not None or phone_mask is not None:
+                mask = mask if mask is not None else x.new_ones(x.shape[0], frames, dtype=torch.bool)
+                phone_mask = phone_mask if phone_mask is not None else torch.ones_like(phones, dtype=torch.bool)
+                mask = torch.cat([phone_mask.bool(), mask.bool()], dim=1)
+        return self.diff_estimator(x, t, mask)[:, -frames:]
+
+    def forward(
+        self,
+        tokens: Tensor,
+        is_masked: Tensor,
+        t: Tensor,
+        *,
+        mask: Tensor | None = None,
+        phones: Tensor | None = None,
+        phone_mask: Tensor | None = None,
+        condition: Tensor | None = None,
+        hint: Tensor | None = None,
+    ) -> Tensor:
+        """Training: hidden states ``[B, T, H]``; project those to be predicted with ``to_logit``.
+
+        Args:
+            tokens: ``[B, T]`` int64.
+            is_masked: ``[B, T]`` True where the token is hidden.
+            t: ``[B]`` times.
+            mask: ``[B, T]`` True where a frame exists.
+            phones, phone_mask: ``[B, L]``.
+            condition: ``[B, T, C]`` frame-level condition.
+            hint: ``[B, T]`` frame-level phone ids.
+        """
+        x = self.embed(tokens, is_masked) + self.condition_embedding(condition, hint)
+        return self.hidden(x, t, phones=phones, mask=mask, phone_mask=phone_mask)
+
+    def condition_embedding(self, condition: Tensor | None, hint: Tensor | None) -> Tensor | float:
+        """What is added to the input: adapter output plus text hint, ``[B, T, H]`` (0.0 when there is neither)."""
+        added: Tensor | float = 0.0
+        if condition is not None:
+            added = self.cond_adapter(condition)
+        if hint is not None and self.config.text_hint != "none":
+            added = added + self.text_hint(hint)
+        return added
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        target_len: int | Tensor,
+        *,
+        phones: Tensor | None = None,
+        condition: Tensor | None = None,
+        hint: Tensor | None = None,
+        settings: DecodeSettings | None = None,
+        generator: torch.Generator | None = None,
+        noise: masked.Noise | None = None,
+        return_iterations: bool = False,
+    ) -> Tensor | masked.MaskedTrace:
+        """Generate SSL tokens after a prompt.
+
+        Args:
+            prompt: ``[B, P]`` int64, P may be 0.
+            target_len: frames to generate, one number or ``[B]``.
+            phones: ``[B, L]`` phones of prompt text and text.
+            condition: ``[B, P+T, C]`` frame-level condition over prompt and target.
+            hint: ``[B, P+T]`` frame-level phones (models with a text hint).
+            settings: see :class:`DecodeSettings`.  Guidance drops prompt, phones and hint and keeps the
+                frame-level condition (as released); without any of those three it is skipped, being the identity.
+            noise: replaces the Gumbel noise drawn from ``generator``.
+
+        Returns:
+            ``[B, T]`` tokens (beyond an utterance's length they are 0), or the whole trace.
+        """
+        settings = settings or DecodeSettings()
+        device = prompt.device
+        batch, start = prompt.shape
+        lengths = torch.as_tensor(target_len, device=device).expand(batch)
+        horizon = int(lengths.max())
+        exists = torch.arange(horizon, device=device)[None] < lengths[:, None]
+        whole = None if bool(exists.all()) else torch.cat([exists.new_ones(batch, start), exists], dim=1)
+        drop = None if whole is None else exists
+        added = self.condition_embedding(condition, hint)
+        kept = self.condition_embedding(condition, None)
+        prompt_rows = self.embed(prompt, torch.zeros_like(prompt, dtype=torch.bool))
+        if isinstance(added, Tensor):
+            prompt_rows = prompt_rows + added[:, :start]
+            added = added[:, start:]
+            kept = kept[:, start:] if isinstance(kept, Tensor) else kept
+        guided = settings.cfg > 0 and (start > 0 or phones is not None)
+
+        def predict(tokens: Tensor, is_masked: Tensor, t: float) -> Tensor:
+            time = torch.full((batch,), t, device=device)
+            rows = self.embed(tokens, is_masked)
+            x = torch.cat([prompt_rows, rows + added], dim=1)
+            out = self.hidden(x, time, phones=phones, mask=whole)[:, start:]
+            if guided:
+                free = self.hidden(rows + kept, time, mask=drop)
+                out = masked.guide(out, free, settings.cfg, settings.rescale, drop)
+            return self.to_logit(out)
+
+        noise = noise or (lambda shape: masked.gumbel(shape, generator, device))
+        trace = masked.decode(predict, lengths, settings, noise=noise)
+        return trace if return_iterations else trace.tokens

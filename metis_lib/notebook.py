@@ -1,0 +1,178 @@
+"""What notebooks show: players, spectrograms, token grids, progress, and the files that a notebook made.
+
+Colours are safe for colour-blind readers (seaborn "colorblind", matplotlib "cividis"); figures are returned,
+so that the last line of a cell shows them.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from metis_lib import audio
+from metis_lib.config import AUDIO_RATE, FRAME_RATE
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+COLOURS = "cividis"
+MAX_PLAYER_SECONDS = 30.0
+T = TypeVar("T")
+
+
+def style() -> None:
+    """Seaborn's white grid with the colour-blind palette, for every figure of the notebook."""
+    import matplotlib
+    import seaborn
+
+    if "matplotlib.pyplot" not in sys.modules and not os.environ.get("MPLBACKEND") and not _in_kernel():
+        matplotlib.use("agg")
+    seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.8)
+    matplotlib.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 80, "axes.titlesize": 9})
+
+
+def _in_kernel() -> bool:
+    return "ipykernel" in sys.modules
+
+
+def progress(items: Sequence[T], label: str) -> Iterator[T]:
+    """Iterate with progress: a bar on a terminal or in a notebook, else one line on stderr at every quarter.
+
+    ``METIS_PLAIN_PROGRESS=1`` forces lines (papermill runs: widget bars are dead in an executed copy).
+    """
+    plain = os.environ.get("METIS_PLAIN_PROGRESS") == "1" or not (_in_kernel() or sys.stderr.isatty())
+    if not plain:
+        from tqdm.auto import tqdm
+
+        yield from tqdm(items, desc=label, leave=False)
+        return
+    quarter = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if done * 4 // len(items) > quarter:
+            quarter = done * 4 // len(items)
+            print(f"{label}: {done}/{len(items)}", file=sys.stderr, flush=True)
+
+
+def player_html(source: audio.Source, label: str = "") -> str:
+    """HTML of a player that holds the clip itself as Opus, at its own level; the first 30 s of long ones."""
+    wav = audio.load(source, AUDIO_RATE)
+    limit = int(MAX_PLAYER_SECONDS * AUDIO_RATE)
+    if len(wav) > limit:
+        label = f"{label} (first {MAX_PLAYER_SECONDS:.0f} s of {len(wav) / AUDIO_RATE:.0f} s)".strip()
+    return audio.player(wav[:limit], AUDIO_RATE, label)
+
+
+def player(source: audio.Source, label: str = "") -> HTML:
+    """A player for one clip: path, Speech, (samples, rate) or 24 kHz tensor."""
+    from IPython.display import HTML
+
+    return HTML(player_html(source, label))
+
+
+def listening_table(rows: Sequence[Mapping[str, Any]]) -> HTML:
+    """One row per utterance; recordings (paths, Speech, tuples) become players, texts stay."""
+    from IPython.display import HTML
+
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows
+    )
+    return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "&mdash;"
+    if isinstance(value, (Path, audio.Speech, tuple)):
+        return player_html(value)
+    return html.escape(str(value))
+
+
+def log_mel(source: audio.Source, *, sample_rate: int = AUDIO_RATE, bands: int = 80) -> np.ndarray:
+    """Log-mel spectrogram ``[bands, frames]`` in dB below its maximum (down to -80), 10 ms hop."""
+    wav = np.asarray(audio.load(source, sample_rate), dtype=np.float64)
+    size, hop = 1024, sample_rate // 100
+    padded = np.pad(wav, (size // 2, size))
+    starts = np.arange(0, len(wav), hop)[:, None] + np.arange(size)
+    power = np.abs(np.fft.rfft(padded[starts] * np.hanning(size), axis=1)) ** 2
+    mels = np.linspace(0.0, 2595 * np.log10(1 + sample_rate / 2 / 700), bands + 2)
+    edges = 700 * (10 ** (mels / 2595) - 1)
+    frequencies = np.fft.rfftfreq(size, 1 / sample_rate)[None]
+    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    rising, falling = (frequencies - low) / (centre - low), (high - frequencies) / (high - centre)
+    weights = np.clip(np.minimum(rising, falling), 0, None)
+    decibels = 10 * np.log10(np.maximum(power @ weights.T, 1e-12)).T
+    return np.clip(decibels - decibels.max(), -80, 0)
+
+
+def spectrograms(sources: Mapping[str, audio.Source], *, bands: int = 80) -> Figure:
+    """Log-mel spectrograms one above the other, on one time axis and one scale (dB below each maximum)."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(sources),
+        1,
+        figsize=(8, 1.5 * len(sources) + 0.5),
+        sharex=True,
+        squeeze=False,
+        layout="constrained",
+    )
+    mels = {label: log_mel(source, bands=bands) for label, source in sources.items()}
+    for axis, (label, mel) in zip(axes[:, 0], mels.items(), strict=True):
+        extent = (0.0, mel.shape[1] / 100, 0.0, float(bands))
+        image = axis.imshow(mel, origin="lower", aspect="auto", cmap=COLOURS, vmin=-80, vmax=0, extent=extent)
+        axis.set(title=label, ylabel="mel band")
+        axis.grid(False)
+    axes[-1, 0].set(xlabel="seconds", xlim=(0.0, max(mel.shape[1] for mel in mels.values()) / 100))
+    figure.colorbar(image, ax=axes[:, 0].tolist(), label="dB", shrink=0.8)
+    plt.close(figure)
+    return figure
+
+
+def token_grid(
+    trace: Any, mask_id: int | None = None, *, title: str = "when each token was decided"
+) -> Figure:
+    """Masked decoding as a picture: iterations down, frames across, colour = the step that decided a token.
+
+    ``trace`` is a :class:`~metis_lib.models.masked.MaskedTrace`, or the tokens after each iteration, ``[N, T]``
+    or ``[N, B, T]`` (the first of the batch is shown), with ``mask_id`` where nothing is decided; those cells
+    stay white.
+    """
+    import matplotlib.pyplot as plt
+
+    known = ~np.asarray(trace.masks.cpu()) if hasattr(trace, "masks") else np.asarray(trace) != mask_id
+    known = known[:, 0] if known.ndim == 3 else known
+    decided = np.where(known.any(axis=0), known.argmax(axis=0), len(known))
+    shown = np.where(known, np.broadcast_to(decided, known.shape), np.nan)
+    figure, axis = plt.subplots(figsize=(8, 0.16 * len(known) + 1.4), layout="constrained")
+    extent = (0.0, known.shape[1] / FRAME_RATE, len(known) + 0.5, 0.5)
+    image = axis.imshow(shown, aspect="auto", cmap=COLOURS, interpolation="nearest", extent=extent)
+    axis.set(title=title, xlabel="seconds", ylabel="iteration")
+    axis.grid(False)
+    figure.colorbar(image, ax=axis, label="decided at")
+    plt.close(figure)
+    return figure
+
+
+def produced(folder: str | Path, *, pattern: str = "**/*") -> DataFrame:
+    """The files below ``folder`` with size and SHA-256: the last cell of every notebook."""
+    import pandas
+
+    from metis_lib.evaluation.record import sha256_file
+
+    base = Path(folder)
+    files = [path for path in sorted(base.glob(pattern)) if path.is_file() and not path.name.startswith(".")]
+    rows = [{"file": str(p.relative_to(base)), "kB": round(p.stat().st_size / 1000, 1)} for p in files]
+    for row, path in zip(rows, files, strict=True):
+        row["sha256"] = sha256_file(path)[:16]
+    return pandas.DataFrame(rows, columns=["file", "kB", "sha256"])

@@ -1,0 +1,15 @@
+"""Tasks by name."""
+
+from metis_lib.errors import MetisError
+from metis_lib.tasks.base import Task
+from metis_lib.tasks.se import SE
+from metis_lib.tasks.tts import TTS
+
+TASKS: dict[str, Task] = {task.name: task for task in (SE, TTS)}
+
+
+def task(name: str) -> Task:
+    """A task by name."""
+    if name not in TASKS:
+        raise MetisError(f"unknown task {name!r}; choose one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,365 @@
+"""Semantic codec ("RepCodec"): SSL features to one stream of 50 tokens a second and back.
+
+A VQ-VAE (arXiv 2409.00750 section 3.2.1): Vocos backbone, one factorised codebook with l2-normalised search,
+Vocos backbone.  The parameter names are those of the released file.  The Vocos backbone, the
+weight-normalised convolution and the quantisers are shared with the acoustic codec.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metis_lib.config import SemanticCodecConfig
+from metis_lib.errors import MetisError
+
+
+class WNConv1d(nn.Module):
+    """1-d convolution of weight ``weight_g * weight_v / |weight_v|`` (norm over all dims but the first).
+
+    The parameters carry the names of the old ``torch.nn.utils.weight_norm``, as released files do.
+    ``[B, C_in, T] -> [B, C_out, T']``.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, dilation: int = 1
+    ) -> None:
+        super().__init__()
+        start = nn.Conv1d(c_in, c_out, kernel)
+        assert start.bias is not None
+        self.weight_v = nn.Parameter(start.weight.detach().clone())
+        self.weight_g = nn.Parameter(
+            torch.linalg.vector_norm(self.weight_v.detach(), dim=(1, 2), keepdim=True)
+        )
+        self.bias = nn.Parameter(start.bias.detach().clone())
+        self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    def weight(self) -> Tensor:
+        """The convolution's weight ``[C_out, C_in, K]``."""
+        norm = torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
+        return self.weight_v * (self.weight_g / norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight().to(x.dtype), self.bias.to(x.dtype)
+        return F.conv1d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+
+def fold_weight_norm(module: nn.Module) -> nn.Module:
+    """Replace every :class:`WNConv1d` inside ``module`` by a plain convolution, in place, for inference.
+
+    Afterwards the parameter names are no longer those of released files: fold after loading.
+    """
+    for name, child in module.named_children():
+        if isinstance(child, WNConv1d):
+            weight = child.weight().detach()
+            plain = nn.Conv1d(
+                weight.shape[1], weight.shape[0], weight.shape[2], child.stride, child.padding, child.dilation
+            ).to(weight)
+            plain.load_state_dict({"weight": weight, "bias": child.bias.detach()})
+            setattr(module, name, plain.train(child.training))
+        else:
+            fold_weight_norm(child)
+    return module
+
+
+class ConvNeXtBlock(nn.Module):
+    """ConvNeXt block over time: depthwise convolution of width 7, inverted bottleneck, layer scale, residual.
+
+    ``[B, C, T] -> [B, C, T]`` (arXiv 2306.00814 section 3.2).
+    """
+
+    def __init__(self, dim: int, intermediate_dim: int, layer_scale: float) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pwconv1 = nn.Linear(dim, intermediate_dim)
+        self.pwconv2 = nn.Linear(intermediate_dim, dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.dwconv(x).transpose(1, 2))
+        y = self.pwconv2(F.gelu(self.pwconv1(y)))
+        return x + (self.gamma * y).transpose(1, 2)
+
+
+class VocosBackbone(nn.Module):
+    """Stack of ConvNeXt blocks: ``[B, input_dim, T] -> [B, T, dim]``."""
+
+    def __init__(self, input_dim: int, dim: int, intermediate_dim: int, num_layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Conv1d(input_dim, dim, 7, padding=3)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.convnext = nn.ModuleList(
+            ConvNeXtBlock(dim, intermediate_dim, 1 / num_layers) for _ in range(num_layers)
+        )
+        self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_trunc_normal)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.embed(x).transpose(1, 2)).transpose(1, 2)
+        for block in self.convnext:
+            x = block(x)
+        return self.final_layer_norm(x.transpose(1, 2))
+
+
+def init_trunc_normal(module: nn.Module) -> None:
+    """Vocos initialisation: weights from a normal of deviation 0.02 cut at two, biases zero."""
+    if isinstance(module, (nn.Conv1d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Quantised(NamedTuple):
+    """What a quantiser returns.  Losses are fp32 and carry their weights (commitment, codebook)."""
+
+    output: Tensor
+    """``[B, C, T]`` sum of the layers' outputs, straight-through for gradients."""
+    codes: Tensor
+    """``[B, T]`` (one layer) or ``[Q, B, T]`` (residual), int64."""
+    commit_loss: Tensor
+    """scalar, or ``[Q]``"""
+    codebook_loss: Tensor
+    """scalar, or ``[Q]``"""
+
+
+def _mean_square(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of ``(a - b)^2`` over the channels and the frames where ``weight [B, 1, T]`` is one."""
+    square = (a - b).square()
+    if weight is None:
+        return square.mean()
+    return (square * weight).sum() / (weight.sum().clamp(min=1) * square.shape[1])
+
+
+class FactorizedVQ(nn.Module):
+    """One codebook, searched by cosine in a low-dimensional projection (arXiv 2306.06546 section 3.3).
+
+    The search, the losses and the projections run in fp32 whatever autocast says.  The emitted vector is the
+    un-normalised codebook row, projected out.
+    """
+
+    idle: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        codebook_dim: int,
+        commitment: float,
+        codebook_loss_weight: float,
+    ) -> None:
+        super().__init__()
+        self.in_project = WNConv1d(dim, codebook_dim, 1)
+        self.out_project = WNConv1d(codebook_dim, dim, 1)
+        self.codebook = nn.Embedding(codebook_size, codebook_dim)
+        self.commitment, self.codebook_loss_weight = commitment, codebook_loss_weight
+        self.track_usage = False
+        self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.long), persistent=False)
+        self._latents: Tensor | None = None
+
+    def search(self, latents: Tensor) -> Tensor:
+        """Nearest codes: latents ``[B, D, T]`` fp32 to codes ``[B, T]``."""
+        flat = F.normalize(latents.transpose(1, 2).reshape(-1, latents.shape[1]))
+        codebook = F.normalize(self.codebook.weight.to(flat.dtype))
+        distance = (
+            flat.square().sum(1, keepdim=True)
+            - 2 * flat @ codebook.t()
+            + codebook.square().sum(1, keepdim=True).t()
+        )
+        return (-distance).argmax(1).view(latents.shape[0], -1)
+
+    def codes_to_output(self, codes: Tensor) -> Tensor:
+        """Codes ``[B, T]`` to vectors ``[B, C, T]`` in the dtype of the weights."""
+        return self.out_project(self.codebook(codes).transpose(1, 2))
+
+    def forward(self, z: Tensor, mask: Tensor | None = None) -> Quantised:
+        """Quantise ``z [B, C, T]``; frames where ``mask [B, T]`` is false count in no loss.
+
+        With ``track_usage`` set and in training mode it also counts for how many calls each code was idle.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            latents = self.in_project(z.float())
+            with torch.no_grad():
+                codes = self.search(latents)
+            chosen = F.embedding(codes, self.codebook.weight).transpose(1, 2).to(latents.dtype)
+            weight = None if mask is None else mask[:, None].to(latents.dtype)
+            commit = self.commitment * _mean_square(latents, chosen.detach(), weight)
+            codebook = self.codebook_loss_weight * _mean_square(chosen, latents.detach(), weight)
+            output = self.out_project(latents + (chosen - latents).detach())
+        if self.training and self.track_usage:
+            self._count(latents.detach(), codes, mask)
+        return Quantised(output, codes, commit, codebook)
+
+    def _count(self, latents: Tensor, codes: Tensor, mask: Tensor | None) -> None:
+        flat = latents.transpose(1, 2).reshape(-1, latents.shape[1])
+        used = codes.reshape(-1)
+        if mask is not None:
+            flat, used = flat[mask.reshape(-1)], used[mask.reshape(-1)]
+        self.idle += 1
+        self.idle[used] = 0
+        self._latents = flat
+
+    @torch.no_grad()
+    def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:
+        """Replace codes idle for at least ``after`` training calls by random latents of the last call.
+
+        Needs ``track_usage``.  ``generator`` lives on the CPU.  Returns how many codes were replaced.
+        """
+        if self._latents is None or not len(self._latents):
+            return 0
+        dead = (self.idle >= after).nonzero()[:, 0]
+        count, have = len(dead), len(self._latents)
+        if count:
+            if count <= have:
+                pick = torch.randperm(have, generator=generator)[:count]
+            else:
+                pick = torch.randint(have, (count,), generator=generator)
+            chosen = self._latents[pick.to(self._latents.device)]
+            self.codebook.weight[dead] = chosen.to(self.codebook.weight.dtype)
+            self.idle[dead] = 0
+        self._latents = None
+        return count
+
+
+class ResidualVQ(nn.Module):
+    """Residual stack of :class:`FactorizedVQ` (arXiv 2306.06546); with one quantiser a plain VQ."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_quantizers: int,
+        codebook_size: int,
+        codebook_dim: int,
+        commitment: float,
+        codebook_loss_weight: float,
+    ) -> None:
+        super().__init__()
+        self.quantizers = nn.ModuleList(
+            FactorizedVQ(dim, codebook_size, codebook_dim, commitment, codebook_loss_weight)
+            for _ in range(num_quantizers)
+        )
+
+    def forward(self, z: Tensor, layers: Tensor | int | None = None, mask: Tensor | None = None) -> Quantised:
+        """Quantise ``z [B, C, T]``, layer after layer.
+
+        ``layers``: how many layers to use, one number, or one for each item ``[B]`` (quantiser dropout: the
+        codes of all layers are returned, but the item's output and losses hold only its first ``layers``).
+        ``mask [B, T]``: frames that count in the losses.
+        """
+        count = layers if isinstance(layers, int) else len(self.quantizers)
+        residual = z.float()
+        output = torch.zeros_like(residual)
+        codes, commits, codebooks = [], [], []
+        for i, quantizer in enumerate(self.quantizers[:count]):
+            if isinstance(layers, Tensor):
+                keep = layers.to(z.device) > i
+                frames = keep[:, None].expand(-1, z.shape[2])
+                share = keep.float().mean()
+                if mask is not None:
+                    share = (mask & frames).sum() / mask.sum().clamp(min=1)
+                    frames = mask & frames
+                found = quantizer(residual, frames)
+                output = output + found.output * keep[:, None, None]
+                commits.append(found.commit_loss * share)
+                codebooks.append(found.codebook_loss * share)
+            else:
+                found = quantizer(residual, mask)
+                output = output + found.output
+                commits.append(found.commit_loss)
+                codebooks.append(found.codebook_loss)
+            residual = residual - found.output
+            codes.append(found.codes)
+        return Quantised(output, torch.stack(codes), torch.stack(commits), torch.stack(codebooks))
+
+    def vq2emb(self, codes: Tensor) -> Tensor:
+        """Codes ``[Q', B, T]`` of the first ``Q'`` layers to the sum of their vectors ``[B, C, T]``."""
+        output = self.quantizers[0].codes_to_output(codes[0])
+        for quantizer, layer in zip(self.quantizers[1:], codes[1:], strict=False):
+            output = output + quantizer.codes_to_output(layer)
+        return output
+
+    def track_usage(self, on: bool = True) -> None:
+        """Start (or stop) counting idle codes in training mode; needed by :meth:`revive`."""
+        for quantizer in self.quantizers:
+            quantizer.track_usage = on
+
+    def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:
+        """Revive dead codes in every layer (see :meth:`FactorizedVQ.revive`); returns how many."""
+        return sum(quantizer.revive(after, generator) for quantizer in self.quantizers)
+
+
+class SemanticCodec(nn.Module):
+    """RepCodec: normalised SSL features ``[B, T, C]`` to tokens ``[B, T]`` and back."""
+
+    def __init__(self, config: SemanticCodecConfig) -> None:
+        super().__init__()
+        self.config = config
+
+        def backbone() -> nn.Sequential:
+            out = nn.Linear(config.vocos_dim, config.hidden_size)
+            init_trunc_normal(out)
+            body = VocosBackbone(
+                config.hidden_size, config.vocos_dim, config.vocos_intermediate_dim, config.vocos_num_layers
+            )
+            return nn.Sequential(body, out)
+
+        self.encoder = backbone()
+        self.decoder = backbone()
+        self.quantizer = ResidualVQ(
+            config.hidden_size,
+            1,
+            config.codebook_size,
+            config.codebook_dim,
+            config.commitment,
+            config.codebook_loss_weight,
+        )
+
+    def _encode(self, feat: Tensor) -> Tensor:
+        if feat.dim() != 3 or feat.shape[2] != self.config.hidden_size or feat.shape[1] == 0:
+            raise MetisError(
+                f"features must have the shape [B, T, {self.config.hidden_size}] with T > 0, "
+                f"got {tuple(feat.shape)}"
+            )
+        return self.encoder(feat.transpose(1, 2)).transpose(1, 2)
+
+    def quantize(self, feat: Tensor) -> tuple[Tensor, Tensor]:
+        """Features ``[B, T, C]`` to (tokens ``[B, T]`` int64, quantised features ``[B, T, C]``)."""
+        found = self.quantizer(self._encode(feat))
+        return found.codes[0], found.output.transpose(1, 2)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, T]`` to reconstructed normalised features ``[B, T, C]``."""
+        return self.decoder(self.quantizer.vq2emb(tokens[None]))
+
+    def forward(self, feat: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Reconstruct ``feat [B, T, C]``; frames where ``mask [B, T]`` (bool) is false count in no loss.
+
+        Returns (reconstruction ``[B, T, C]``, losses, tokens ``[B, T]``).  Losses: ``recon_l1`` (mean
+        absolute error), ``commit_loss`` and ``codebook_loss`` (with their weights) and ``total``, their sum.
+        """
+        found = self.quantizer(self._encode(feat), mask=mask)
+        recon = self.decoder(found.output.to(feat.dtype))
+        error = (recon.float() - feat.float()).abs()
+        if mask is None:
+            l1 = error.mean()
+        else:
+            l1 = (error * mask[..., None]).sum() / (mask.sum().clamp(min=1) * feat.shape[2])
+        commit, codebook = found.commit_loss.sum(), found.codebook_loss.sum()
+        losses = {
+            "recon_l1": l1,
+            "commit_loss": commit,
+            "codebook_loss": codebook,
+            "total": l1 + commit + codebook,
+        }
+        return recon, losses, found.codes[0]
+
+    def track_usage(self, on: bool = True) -> None:
+        """Count idle codes while training, so that :meth:`revive` can replace them."""
+        self.quantizer.track_usage(on)
+
+    def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:
+        """Replace codes idle for ``after`` training steps by random encoder outputs; returns how many."""
+        return self.quantizer.revive(after, generator)

@@ -1,0 +1,190 @@
+"""SSL features: the hidden state of one w2v-BERT 2.0 layer, 50 frames a second, normalised per channel.
+
+Metis section 3.2 uses layer 17 of 24; only the layers up to that one are built and computed here.  The
+filterbank is that of the released feature extractor (Kaldi style: 80 mel bands, 25 ms Povey window, 10 ms
+hop, normalised per utterance and band, two frames stacked).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metis_lib.compat import prepare_torchaudio
+from metis_lib.config import SSLConfig
+from metis_lib.errors import MetisError
+
+WINDOW, HOP, FFT, BANDS = 400, 160, 512, 80
+SHORTEST = WINDOW + HOP
+"""Samples at 16 kHz of the shortest utterance with a whole stacked frame."""
+
+
+def count_frames(samples: int) -> int:
+    """Frames of features for ``samples`` at 16 kHz: half the number of filterbank frames, rounded up."""
+    return -(-(1 + (samples - WINDOW) // HOP) // 2)
+
+
+@lru_cache(maxsize=8)
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Povey window ``[400]`` and filters ``[257, 80]``, triangles on Kaldi's mel scale, 20 to 8000 Hz."""
+    window = torch.hann_window(WINDOW, periodic=False, dtype=torch.float64).pow(0.85)
+
+    def mel(hertz: Tensor) -> Tensor:
+        return 1127.0 * torch.log1p(hertz / 700.0)
+
+    low, high = (mel(torch.tensor(f, dtype=torch.float64)).item() for f in (20.0, 8000.0))
+    edges = torch.linspace(low, high, BANDS + 2, dtype=torch.float64)
+    bins = mel(torch.arange(FFT // 2 + 1, dtype=torch.float64) * 16_000 / FFT)[:, None]
+    width = edges.diff()
+    filters = torch.minimum((bins - edges[:-2]) / width[:-1], (edges[2:] - bins) / width[1:]).clamp(min=0)
+    return window.to(device), filters.to(device)
+
+
+def _fbank_one(wav: Tensor) -> Tensor:
+    """One utterance ``[S]`` to normalised log-mel frames ``[n, 80]`` float64."""
+    window, filters = _tables(wav.device)
+    wav = wav.double() * 2.0**15
+    # Mean removal and pre-emphasis by 0.97 of each frame, written as one step over the whole waveform.
+    sharp = torch.cat([wav[:1], wav[1:] - 0.97 * wav[:-1]])
+    frames = wav.unfold(0, WINDOW, HOP)
+    padded = wav.new_zeros(len(frames), FFT)
+    inside = padded[:, :WINDOW]
+    inside.copy_(sharp.unfold(0, WINDOW, HOP))
+    inside[:, 0] = 0.03 * frames[:, 0]
+    inside.sub_(0.03 * frames.mean(1, keepdim=True)).mul_(window)
+    spectrum = torch.fft.rfft(padded)
+    power = spectrum.real.square() + spectrum.imag.square()
+    mel = (power @ filters).clamp(min=torch.finfo(torch.float32).eps).log()
+    return (mel - mel.mean(0)) / (mel.var(0) + 1e-7).sqrt()
+
+
+def fbank(wavs_16k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stacked filterbank features of waveforms ``[S]`` at 16 kHz in [-1, 1].
+
+    Returns (features ``[B, T, 160]`` fp32, lengths ``[B]``).  With n filterbank frames, an utterance has
+    ceil(n / 2) rows; when n is odd its last row is half padding, which the released attention mask leaves
+    out, so its length is floor(n / 2).  Padding holds the value 1, as released.
+
+    Computed in fp64 and equal to the feature extractor of transformers within 1e-5, five times faster (only
+    for pure digital silence that one returns rounding noise up to 3e-3, where this returns 0).
+    """
+    if not wavs_16k:
+        raise MetisError("no waveforms given")
+    for wav in wavs_16k:
+        if wav.dim() != 1 or wav.shape[0] < SHORTEST:
+            raise MetisError(
+                f"a waveform must have the shape [S] with at least {SHORTEST} samples at 16 kHz "
+                f"(35 ms), got {tuple(wav.shape)}"
+            )
+    rows = [_fbank_one(wav).float() for wav in wavs_16k]
+    longest = max(len(row) for row in rows)
+    longest += longest % 2
+    features = torch.stack([F.pad(row, (0, 0, 0, longest - len(row)), value=1.0) for row in rows])
+    lengths = torch.tensor([len(row) // 2 for row in rows], device=features.device)
+    return features.reshape(len(rows), longest // 2, 2 * BANDS), lengths
+
+
+class SSLEncoder(nn.Module):
+    """w2v-BERT 2.0 up to ``output_layer``; its state dict is ``model.`` + the hub's names and nothing else.
+
+    The normalisation statistics ``mean`` and ``var`` ``[C]`` are kept apart, as released
+    (:meth:`stats_state`).
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__()
+        prepare_torchaudio()
+        from transformers import Wav2Vec2BertConfig, Wav2Vec2BertModel
+
+        if not 1 <= config.output_layer <= config.num_layers:
+            raise MetisError(f"output_layer must lie in 1..{config.num_layers}, got {config.output_layer}")
+        self.config = config
+        self.model = Wav2Vec2BertModel(
+            Wav2Vec2BertConfig(
+                vocab_size=None,
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.output_layer,
+                num_attention_heads=config.num_heads,
+                intermediate_size=config.intermediate_size,
+                feature_projection_input_dim=config.input_dim,
+                conv_depthwise_kernel_size=config.conv_kernel,
+                left_max_position_embeddings=config.left_positions,
+                right_max_position_embeddings=config.right_positions,
+                position_embeddings_type="relative_key",
+                hidden_dropout=0.0,
+                activation_dropout=0.0,
+                attention_dropout=0.0,
+                feat_proj_dropout=0.0,
+                conformer_conv_dropout=0.0,
+                layerdrop=0.0,
+            )
+        )
+        self.register_buffer("mean", torch.zeros(config.hidden_size), persistent=False)
+        self.register_buffer("var", torch.ones(config.hidden_size), persistent=False)
+
+    @property
+    def std(self) -> Tensor:
+        """Square root of ``var``, ``[C]``."""
+        return self.var.sqrt()
+
+    def set_stats(self, mean: Tensor, var: Tensor) -> None:
+        """Set mean and variance ``[C]`` of the hidden state; every variance must be positive."""
+        if mean.shape != self.mean.shape or var.shape != self.var.shape or not (var > 0).all():
+            raise MetisError(f"statistics must be two vectors of {len(self.mean)}, the variance above zero")
+        self.mean.copy_(mean)
+        self.var.copy_(var)
+
+    def stats_state(self) -> dict[str, Tensor]:
+        """The statistics to save beside the weights: ``{"mean": [C], "var": [C]}``."""
+        return {"mean": self.mean.clone(), "var": self.var.clone()}
+
+    def load_hub_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load weights under the hub's names (no prefix), without the layers that are not computed."""
+        last = self.config.output_layer
+
+        def wanted(name: str) -> bool:
+            parts = name.split(".")
+            return not name.startswith("encoder.layers.") or int(parts[2]) < last
+
+        kept = {name: value for name, value in state.items() if wanted(name)}
+        self.model.load_state_dict(kept, strict=True)
+
+    def forward(
+        self, features: Tensor, lengths: Tensor | None = None, mask_time: Tensor | None = None
+    ) -> Tensor:
+        """Features ``[B, T, 160]`` to the un-normalised hidden state ``[B, T, C]`` of ``output_layer``.
+
+        ``lengths [B]``: frames that are attended to (see :func:`fbank`), all if absent.  ``mask_time [B, T]``
+        (bool): frames whose projected input is replaced by the learned mask embedding, for masked prediction.
+        """
+        hidden, _ = self.model.feature_projection(features)
+        if mask_time is not None:
+            hidden = torch.where(mask_time[..., None], self.model.masked_spec_embed.to(hidden.dtype), hidden)
+        attention = None
+        if lengths is not None and int(lengths.min()) < features.shape[1]:
+            attention = torch.arange(features.shape[1], device=features.device) < lengths[:, None]
+        return self.model.encoder(hidden, attention_mask=attention).last_hidden_state
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """Hidden state ``[..., C]`` to zero mean and unit variance by the stored statistics."""
+        return (hidden - self.mean) / self.std
+
+    @torch.no_grad()
+    def encode(self, wavs_16k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Waveforms ``[S]`` at 16 kHz to (normalised features ``[B, T, C]``, frames ``[B]``).
+
+        The frames of an utterance are those of the released code, ``count_frames(S)``; a frame that is half
+        padding is among them.  An utterance gets the same features alone and in a batch.
+        """
+        features, lengths = fbank(wavs_16k)
+        parameter = self.model.feature_projection.projection.weight
+        features, lengths = features.to(parameter.device, parameter.dtype), lengths.to(parameter.device)
+        frames = torch.tensor([count_frames(len(wav)) for wav in wavs_16k], device=parameter.device)
+        return self.normalise(self(features, lengths)), frames

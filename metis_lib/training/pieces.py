@@ -1,0 +1,172 @@
+"""The nano recipe as pieces, each trained on its own and saved as a part of a system (see ``recipes/nano``).
+
+A piece reads what earlier pieces left in the system folder and writes its own part there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from metis_lib.assets import metis_home
+from metis_lib.checkpoints import TaskConfig, fill, load_state, save_part
+from metis_lib.config import preset
+from metis_lib.data.store import FlatStore
+from metis_lib.tasks import TASKS
+from metis_lib.tokenizers.acoustic import AcousticCodec
+from metis_lib.tokenizers.semantic import SemanticCodec
+from metis_lib.tokenizers.ssl import SSLEncoder
+from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.training import data
+from metis_lib.training import generative as gen
+from metis_lib.training import tokenizers as tok
+from metis_lib.training.loop import TrainSettings, card
+
+SYSTEM = preset("nano")
+DATA = "Ur-Quan Masters voices (human), Silero v3_en and RHVoice (synthetic); see docs/data.md"
+LICENCE = "CC BY-NC-SA 2.5 (as the human voices it was trained on; the synthetic ones are non-commercial too)"
+
+
+def _load(folder: Path, module: nn.Module) -> Any:
+    fill(module, load_state(folder), folder)
+    return module.eval()
+
+
+def _encoder(out: Path) -> SSLEncoder:
+    encoder = _load(out / "ssl", SSLEncoder(SYSTEM.ssl))
+    encoder.set_stats(**load_state(out / "ssl", "stats"))
+    return encoder
+
+
+def _save(folder: Path, state: Any, config: Any, scores: dict[str, float], s: TrainSettings, **facts: Any) -> None:
+    save_part(folder, state, config, card(scores, s, data=DATA, licence=LICENCE, **facts))
+
+
+def acoustic(out: Path, steps: int) -> dict[str, float]:
+    """Acoustic codec: spectrogram encoder, 12 codebooks, Vocos decoder; reconstruction losses only."""
+    settings = TrainSettings(steps=steps, lr=1e-3, warmup=50, betas=(0.8, 0.99), clip=5.0)
+    waves, held_out = data.waves_of("train"), data.waves_of("validation")
+    codec, scores = tok.train_acoustic(SYSTEM, waves, held_out, settings, log=out / "logs" / "acoustic.jsonl")
+    _save(out / "acoustic_codec", codec, SYSTEM.acoustic, scores, settings)
+    return scores
+
+
+def ssl(out: Path, steps: int) -> dict[str, float]:
+    """SSL encoder: masked prediction (BEST-RQ) and phone CTC."""
+    settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
+    features, held_out = data.filterbanks_of("train"), data.filterbanks_of("validation")
+    log, vocab = out / "logs" / "ssl.jsonl", PhoneTokenizer().size
+    encoder, scores = tok.train_ssl(SYSTEM, features, held_out, settings, phone_vocab=vocab, log=log)
+    notes = "masked prediction (BEST-RQ) plus phone CTC"
+    _save(out / "ssl", encoder, SYSTEM.ssl, scores, settings, notes=notes)
+    save_part(out / "ssl", encoder.stats_state(), SYSTEM.ssl, name="stats")
+    return scores
+
+
+def _features(out: Path, split: str, kind: str = "clean") -> FlatStore:
+    folder = metis_home() / "prepared" / "nano" / f"features-{kind}-{split}"
+    if (folder / "index.json").is_file():
+        return FlatStore(folder)
+    frames = data.filterbanks_of(split) if kind == "clean" else data.degraded_of(split)
+    return data.features_of(frames, _encoder(out), folder)
+
+
+def semantic(out: Path, steps: int) -> dict[str, float]:
+    """Semantic codec over the SSL encoder's features."""
+    settings = TrainSettings(steps=steps, lr=1e-3, warmup=50, betas=(0.8, 0.99), clip=5.0)
+    log = out / "logs" / "semantic.jsonl"
+    codec, scores = tok.train_semantic(SYSTEM, _features(out, "train"), settings, log=log)
+    _save(out / "semantic_codec", codec, SYSTEM.semantic, scores, settings)
+    return scores
+
+
+def _tokens(out: Path, split: str) -> FlatStore:
+    folder = metis_home() / "prepared" / "nano" / f"tokens-{split}"
+    if (folder / "index.json").is_file():
+        return FlatStore(folder)
+    semantic_codec = _load(out / "semantic_codec", SemanticCodec(SYSTEM.semantic))
+    acoustic_codec = _load(out / "acoustic_codec", AcousticCodec(SYSTEM.acoustic))
+    return data.tokens_of(_features(out, split), data.waves_of(split), semantic_codec, acoustic_codec, folder)
+
+
+def stage1(out: Path, steps: int) -> dict[str, float]:
+    """Masked generative pre-training."""
+    settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
+    tokens, held_out = _tokens(out, "train"), _tokens(out, "validation")
+    model, scores = gen.pretrain(SYSTEM.stage1, tokens, held_out, settings, log=out / "logs" / "stage1.jsonl")
+    _save(out / "stage1", model, SYSTEM.stage1, scores, settings)
+    return scores
+
+
+def _stage2(out: Path, steps: int, part: str) -> dict[str, float]:
+    settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
+    tokens, held_out = _tokens(out, "train"), _tokens(out, "validation")
+    config = getattr(SYSTEM, part)
+    model, scores = gen.train_stage2(config, tokens, held_out, settings, log=out / "logs" / f"{part}.jsonl")
+    _save(out / part, model, config, scores, settings)
+    return scores
+
+
+def stage2_layer1(out: Path, steps: int) -> dict[str, float]:
+    """Stage 2, layer 1."""
+    return _stage2(out, steps, "stage2_layer1")
+
+
+def stage2_full(out: Path, steps: int) -> dict[str, float]:
+    """Stage 2, layers 2 to 12."""
+    return _stage2(out, steps, "stage2_full")
+
+
+def _fine_tune(out: Path, steps: int, name: str, rank: int, changes: dict[str, Any], **more: Any) -> dict[str, float]:
+    settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
+    entry, base = TASKS[name], load_state(out / "stage1")
+    config = TaskConfig(name, {**entry.stage1, **changes}, rank)
+    if entry.takes_features:
+        more["features"], more["held_out_features"] = (
+            _features(out, split, "degraded") for split in ("train", "validation")
+        )
+    model, scores = gen.fine_tune(
+        entry,
+        config,
+        SYSTEM.stage1,
+        base,
+        _tokens(out, "train"),
+        _tokens(out, "validation"),
+        settings,
+        pad=PhoneTokenizer().pad_id,
+        log=out / "logs" / f"{name}.jsonl",
+        **more,
+    )
+    _save(out / "tasks" / name, gen.task_state(model, base), config, scores, settings)
+    return scores
+
+
+def se(out: Path, steps: int) -> dict[str, float]:
+    """Speech enhancement: gated adapter and LoRA of rank 8."""
+    return _fine_tune(out, steps, "se", 8, {})
+
+
+def tts(out: Path, steps: int) -> dict[str, float]:
+    """Zero-shot TTS: phones as prefix, the even text hint, LoRA of rank 16."""
+    changes = {"phone_vocab": PhoneTokenizer().size, "text_hint": "even"}
+    return _fine_tune(out, steps, "tts", 16, changes, longest=400)
+
+
+PIECES: dict[str, Callable[[Path, int], dict[str, float]]] = {
+    piece.__name__: piece for piece in (acoustic, ssl, semantic, stage1, stage2_layer1, stage2_full, se, tts)
+}
+"""In the order in which they depend on each other."""
+
+
+def run(piece: str, steps: int, out: Path | None = None) -> dict[str, float]:
+    """Train one piece of the nano recipe into the system folder ``out`` (``$METIS_HOME/runs/nano``)."""
+    return PIECES[piece](out or metis_home() / "runs" / "nano", steps)
+
+
+if __name__ == "__main__":
+    import sys
+
+    print(run(sys.argv[1], int(sys.argv[2])))

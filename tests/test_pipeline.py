@@ -1,0 +1,161 @@
+"""The pipeline with random weights, its checkpoints, and the nano system that ships."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metis_lib import Metis, audio
+from metis_lib.checkpoints import SHIPPED, load_config_and_card, save_part, sha256
+from metis_lib.config import AcousticCodecConfig, Stage1Config
+from metis_lib.errors import MetisError
+
+TESTSET = Path(__file__).parent.parent / "eval" / "testsets" / "human"
+
+
+@pytest.fixture(scope="module")
+def debug():
+    return Metis.from_pretrained("debug", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return Metis.from_pretrained("nano", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def voice():
+    return TESTSET / "librivox-0870.flac"
+
+
+def hum(seconds):
+    time = torch.arange(int(24_000 * seconds)) / 24_000
+    return 0.2 * torch.sin(2 * torch.pi * 200 * time) + 0.01 * torch.randn(len(time))
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.777, 3.0])
+def test_enhanced_speech_is_as_long_as_its_input(debug, seconds):
+    wav = hum(seconds)
+    out = debug.enhance(wav)
+    assert len(out) == len(wav) and out.sample_rate == 24_000 and torch.isfinite(out.wav).all()
+    assert len(debug.resynthesise(wav)) == len(wav)
+
+
+def test_same_seed_same_samples(nano, voice):
+    wav = audio.read(voice, 24_000)[:36_000]
+    first, again, other = nano.enhance(wav, seed=1), nano.enhance(wav, seed=1), nano.enhance(wav, seed=2)
+    assert torch.equal(first.wav, again.wav) and not torch.equal(first.wav, other.wav)
+    said = [
+        nano.speak("Hello there.", prompt=wav, prompt_text="Good morning.", seconds=0.6, seed=s, steps=4)
+        for s in (0, 0, 1)
+    ]
+    assert torch.equal(said[0].wav, said[1].wav) and not torch.equal(said[0].wav, said[2].wav)
+
+
+def test_length_of_speech(debug):
+    asked = debug.speak("Hello there.", prompt=hum(1.0), prompt_text="Good morning.", seconds=1.5, steps=2)
+    assert asked.seconds == pytest.approx(1.5)
+    short = debug.speak("Hello.", prompt=hum(2.0), prompt_text="Good morning to everybody here.", steps=2)
+    long = debug.speak("Hello " * 8, prompt=hum(2.0), prompt_text="Good morning to everybody here.", steps=2)
+    assert long.seconds > 2 * short.seconds
+
+
+def test_traces_show_every_iteration(debug):
+    debug.enhance(hum(1.0), steps=5)
+    trace = debug.traces["ssl"]
+    assert len(trace.sequences) == 5 and not trace.masks[-1].any()
+    assert (trace.masks.sum((1, 2)).diff() <= 0).all() and len(debug.traces["acoustic"]) == 12
+
+
+def test_tokens_of_a_recording(nano, voice):
+    streams = nano.tokens(voice)
+    seconds = audio.read(voice, 24_000).shape[0] / 24_000
+    assert abs(len(streams["ssl"]) - 50 * seconds) < 3 and streams["acoustic"].shape[1] == 12
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.enhance("nowhere.wav"), "nowhere.wav"),
+        (lambda m: m.enhance(torch.zeros(24_000)), "silent"),
+        (lambda m: m.enhance(torch.full((24_000,), torch.nan)), "NaN"),
+        (lambda m: m.enhance(hum(0.1)), "0.2"),
+        (lambda m: m.enhance(hum(61)), "60"),
+        (lambda m: m.enhance(hum(1), steps=0), "steps"),
+        (lambda m: m.speak("", prompt=hum(1), prompt_text="Good morning."), "nothing to say"),
+        (lambda m: m.speak("...", prompt=hum(1), prompt_text="Good morning."), "nothing to say"),
+        (lambda m: m.speak("Hello.", prompt=hum(1), prompt_text="Hello.", language="xx"), "language"),
+        (lambda m: m.speak("Hello.", prompt=hum(0.1), prompt_text="Hello."), "0.5"),
+        (lambda m: m.speak("Hello.", prompt=hum(1), prompt_text="Hello.", seconds=100), "seconds"),
+        (lambda m: m.task_model("singing"), "singing"),
+        (lambda m: Metis.from_pretrained("nanoo"), "unknown model"),
+        (lambda m: Metis.from_pretrained("debug", device="abacus"), "device"),
+    ],
+)
+def test_bad_input_is_one_clear_line(debug, call, message):
+    with pytest.raises(MetisError, match=message) as caught:
+        call(debug)
+    assert "\n" not in str(caught.value)
+
+
+def test_stereo_and_other_rates_are_taken(debug, tmp_path):
+    import soundfile
+
+    stereo = np.stack([hum(1.0).numpy()] * 2, axis=1)[::3]
+    soundfile.write(tmp_path / "stereo.wav", stereo, 8_000)
+    assert debug.enhance(tmp_path / "stereo.wav").seconds == pytest.approx(1.0, abs=1e-3)
+
+
+def test_shipped_weights_are_small_and_whole(nano):
+    files = [path for path in (SHIPPED / "nano").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 10_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
+    for name in ("se", "tts"):
+        assert not any("lora" in key for key in nano.task_model(name).state_dict())
+    for folder, cls in (("acoustic_codec", AcousticCodecConfig), ("stage1", Stage1Config)):
+        _, card = load_config_and_card(SHIPPED / "nano" / folder, cls)
+        assert card["licence"] and card["data"] and card["scores"]["cpu_seconds"] > 60
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    copy = tmp_path / "system"
+    shutil.copytree(SHIPPED / "nano", copy)
+    weights = copy / "stage1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(MetisError, match="damaged"):
+        Metis.from_pretrained(copy)
+    shutil.copy(copy / "stage2_full" / "model.safetensors", weights)
+    with pytest.raises(MetisError, match="does not fit"):
+        Metis.from_pretrained(copy)
+    weights.unlink()
+    with pytest.raises(MetisError, match="missing"):
+        Metis.from_pretrained(copy)
+    (copy / "stage1" / "config.json").write_text('{"type": "Stage1Config", "config": {"tpyo": 1}}')
+    with pytest.raises(MetisError, match="tpyo"):
+        Metis.from_pretrained(copy)
+
+
+def test_saving_is_exact_in_bf16(debug, tmp_path):
+    codec = debug.acoustic.bfloat16().float()
+    save_part(tmp_path / "codec", codec, codec.config, {"note": "x"})
+    first = sha256(tmp_path / "codec" / "model.safetensors")
+    save_part(tmp_path / "codec", codec, codec.config, {"note": "x"})
+    assert sha256(tmp_path / "codec" / "model.safetensors") == first
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_codec_keeps_human_speech_intelligible(nano):
+    """STOI of resynthesised human recordings; the bar of the first nano system is 0.75."""
+    import json
+
+    from pystoi import stoi
+
+    rows = [json.loads(line) for line in (TESTSET / "manifest.jsonl").read_text().splitlines()]
+    scores = []
+    for row in rows:
+        if row["task"] == "codec":
+            clean = audio.read(TESTSET / row["clean"], 24_000)
+            scores.append(stoi(clean.numpy(), nano.resynthesise(clean).wav.numpy(), 24_000))
+    assert len(scores) == 12 and np.mean(scores) >= 0.75

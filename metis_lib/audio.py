@@ -60,29 +60,6 @@ class Speech:
 Source: TypeAlias = "str | Path | Speech | Tensor | tuple[Any, int]"
 
 
-def _as_mono(data: np.ndarray, name: str) -> np.ndarray:
-    """``[S]`` or ``[S, channels]`` to float32 ``[S]``."""
-    if data.ndim == 2:
-        data = data.mean(axis=1)
-    if data.ndim != 1:
-        raise MetisError(f"{name}: expected one waveform, got an array of shape {tuple(data.shape)}")
-    return np.ascontiguousarray(data, dtype=np.float32)
-
-
-def _check(data: np.ndarray, rate: int, name: str, min_seconds: float, max_seconds: float | None) -> None:
-    if data.size == 0:
-        raise MetisError(f"{name}: the recording is empty")
-    if not np.isfinite(data).all():
-        raise MetisError(f"{name}: the recording holds NaN or infinite samples")
-    if not np.any(data):
-        raise MetisError(f"{name}: the recording is silent (every sample is zero)")
-    seconds = data.size / rate
-    if seconds < min_seconds:
-        raise MetisError(f"{name}: {seconds:.2f} s is too short; at least {min_seconds:g} s are needed")
-    if max_seconds is not None and seconds > max_seconds:
-        raise MetisError(f"{name}: {seconds:.1f} s is too long; at most {max_seconds:g} s, cut it first")
-
-
 def _resample_array(data: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
     if from_rate == to_rate:
         return data
@@ -96,7 +73,23 @@ def _resample_array(data: np.ndarray, from_rate: int, to_rate: int) -> np.ndarra
 def _finish(
     data: np.ndarray, rate: int, sample_rate: int, name: str, min_seconds: float, max_seconds: float | None
 ) -> Tensor:
-    _check(data, rate, name, min_seconds, max_seconds)
+    """``[S]`` or ``[S, channels]`` at ``rate``, checked, as float32 ``[S]`` at ``sample_rate``."""
+    if data.ndim == 2:
+        data = data.mean(axis=1)
+    if data.ndim != 1:
+        raise MetisError(f"{name}: expected one waveform, got an array of shape {tuple(data.shape)}")
+    data = np.ascontiguousarray(data, dtype=np.float32)
+    if data.size == 0:
+        raise MetisError(f"{name}: the recording is empty")
+    if not np.isfinite(data).all():
+        raise MetisError(f"{name}: the recording holds NaN or infinite samples")
+    if not np.any(data):
+        raise MetisError(f"{name}: the recording is silent (every sample is zero)")
+    seconds = data.size / rate
+    if seconds < min_seconds:
+        raise MetisError(f"{name}: {seconds:.2f} s is too short; at least {min_seconds:g} s are needed")
+    if max_seconds is not None and seconds > max_seconds:
+        raise MetisError(f"{name}: {seconds:.1f} s is too long; at most {max_seconds:g} s, cut it first")
     return torch.from_numpy(np.clip(_resample_array(data, rate, sample_rate), -1.0, 1.0).astype(np.float32))
 
 
@@ -120,7 +113,7 @@ def read(path: str | Path, sample_rate: int, *, min_seconds: float = 0.0, max_se
     except (soundfile.SoundFileError, OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
         raise MetisError(f"{path} is not audio that can be read ({reason})") from error
-    return _finish(_as_mono(data, str(path)), rate, sample_rate, str(path), min_seconds, max_seconds)
+    return _finish(data, rate, sample_rate, str(path), min_seconds, max_seconds)
 
 
 def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float | None = None) -> Tensor:
@@ -151,7 +144,7 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
         data = data.astype(np.float32) / float(np.iinfo(data.dtype).max)
     if data.ndim == 2 and data.shape[0] <= 2 < data.shape[1]:
         data = data.T
-    return _finish(_as_mono(data, "recording"), rate, sample_rate, "recording", min_seconds, max_seconds)
+    return _finish(data, rate, sample_rate, "recording", min_seconds, max_seconds)
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
@@ -207,15 +200,13 @@ def _write_blocks(target: Any, data: np.ndarray, sample_rate: int, kind: str, su
             file.write(data[start : start + sample_rate])
 
 
-def encode_ogg(wav: Tensor | np.ndarray, sample_rate: int) -> bytes:
-    """``[S]`` as an Ogg Vorbis file in memory, about 5 kB a second of speech at 24 kHz (20 dB SNR)."""
+def player(wav: Tensor | np.ndarray, sample_rate: int, label: str = "") -> str:
+    """HTML with an ``<audio>`` element that holds ``[S]`` itself, at its own level (never normalised).
+
+    Ogg Vorbis: about 5 kB a second of speech at 24 kHz (20 dB SNR).
+    """
     buffer = io.BytesIO()
     _write_blocks(buffer, _samples(wav), sample_rate, "OGG", "VORBIS")
-    return buffer.getvalue()
-
-
-def player(wav: Tensor | np.ndarray, sample_rate: int, label: str = "") -> str:
-    """HTML with an ``<audio>`` element that holds ``[S]`` itself, at its own level (never normalised)."""
-    data = base64.b64encode(encode_ogg(wav, sample_rate)).decode("ascii")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
     caption = f"<span>{html.escape(label)}</span> " if label else ""
     return f'{caption}<audio controls preload="metadata" src="data:audio/ogg;base64,{data}"></audio>'

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 from metis_lib import __version__
+from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 
 JUDGES = ("whisper-base", "ecapa", "speechmos", "nsnet2")
@@ -78,6 +79,10 @@ class Generate(Command):
         _check_output(self.output, self.sources())
         if not 0 <= self.seed < 2**63:
             raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {self.seed}")
+        from metis_lib import audio
+
+        for source in self.sources():  # what is wrong with them shows before a model is loaded
+            audio.read(source, AUDIO_RATE)
         from metis_lib.pipeline import Metis
 
         metis = Metis.from_pretrained(self.model, device=self.device)
@@ -214,8 +219,8 @@ class Evaluate(Command):
 
         if not self.systems:
             return None
-        known = {task: systems_of(task, self.model) for task in self.tasks}
-        chosen = {task: [name for name in self.systems if name in known[task]] for task in self.tasks}
+        known: dict[str, list[str]] = {task: systems_of(task, self.model) for task in self.tasks}
+        chosen = {task: [name for name in self.systems if name in known[task]] for task in known}
         lost = [name for name in self.systems if not any(name in names for names in known.values())]
         if lost:
             choice = dict.fromkeys(name for names in known.values() for name in names)
@@ -275,28 +280,17 @@ class Train(Command):
 
     piece: Name
     """Name of the piece; an unknown name lists them."""
-    steps: int
-    """Optimiser steps."""
+    steps: int | None = None
+    """Optimiser steps; the recipe's own number by default."""
     out: Path | None = None
     """Folder of the system; default: runs/nano in the cache."""
 
     def run(self) -> Answer:
-        from metis_lib.assets import metis_home
         from metis_lib.training import pieces
 
-        known = {
-            name: piece
-            for name, piece in vars(pieces).items()
-            if getattr(piece, "__module__", "") == pieces.__name__ and not name.startswith("_")
-        }
-        if self.piece not in known:
-            raise MetisError(f"unknown piece {self.piece!r}; choose one of {', '.join(known)}")
-        if self.steps < 1:
-            raise MetisError(f"steps is a positive number, got {self.steps}")
-        out = self.out or metis_home() / "runs" / "nano"
-        scores = known[self.piece](out, self.steps)
+        scores = pieces.run(self.piece, self.steps, self.out)
         lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
-        return Answer("\n".join([f"{self.piece} in {out}", *lines]), {"out": str(out), "scores": scores})
+        return Answer("\n".join([self.piece, *lines]), {"piece": self.piece, "scores": scores})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,8 +341,8 @@ class Lab(Command):
 
     port: int = 8888
     """Where to serve."""
-    browser: bool = True
-    """Open a browser."""
+    no_browser: bool = False
+    """Only print the address."""
 
     def run(self) -> Answer:
         from metis_lib.evaluation.record import ROOT
@@ -357,7 +351,7 @@ class Lab(Command):
             raise MetisError("no folder notebooks/ here; metis lab runs from a clone of the repository")
         command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", f"--port={self.port}"]
         command += ["--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb"]
-        command += [] if self.browser else ["--no-browser"]
+        command += ["--no-browser"] if self.no_browser else []
         command += ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
         code = subprocess.call(command, cwd=ROOT)
         return Answer("", {"code": code}, code)

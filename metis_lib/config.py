@@ -169,6 +169,7 @@ def _nano() -> SystemConfig:
             encoder_num_layers=2,
             latent_dim=64,
             codebook_size=128,
+            quantizer_dropout=0.0,
             vocos_dim=160,
             vocos_intermediate_dim=416,
             vocos_num_layers=4,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from metis_lib.errors import MetisError
 
@@ -44,52 +46,33 @@ def _torch() -> Result:
     return "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads", ""
 
 
-def best_device() -> str:
-    """``"cuda"``, ``"mps"`` or ``"cpu"``: the first that this torch can use."""
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 def _device() -> Result:
     import torch
 
-    device = best_device()
+    from metis_lib.pipeline import pick_device
+
+    device = pick_device("auto").type
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         return "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", ""
     return "ok", f"{device}: nano runs here; train and run paper-sized models on a GPU", ""
 
 
-def _seconds(device: str, dtype: Any, size: int) -> float:
-    """The least seconds of one matrix product ``[size, size]`` out of a few."""
-    import torch
-
-    def wait() -> None:
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-
-    x = torch.ones(size, size, device=device, dtype=dtype)
-    times = []
-    for _ in range(5):
-        wait()
-        began = time.perf_counter()
-        x @ x
-        wait()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
-
-
 def _bf16() -> Result:
     import torch
 
-    device = best_device()
+    from metis_lib.pipeline import pick_device
+
+    device = pick_device("auto").type
     size = 512 if device == "cpu" else 4096
-    ratio = _seconds(device, torch.float32, size) / _seconds(device, torch.bfloat16, size)
+
+    def seconds(dtype: torch.dtype) -> float:
+        x = torch.ones(size, size, device=device, dtype=dtype)
+        return min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=5)[1:])  # item() waits for the device
+
+    ratio = seconds(torch.float32) / seconds(torch.bfloat16)
     speed = f"{ratio:.1f} times as fast as float32 on {device} (one matrix product of {size})"
-    return ("ok", speed, "") if ratio >= 1 else ("ok", f"works, but only {speed}: use float32 here", "")
+    return "ok", speed if ratio >= 1 else f"works, but only {speed}: use float32 here", ""
 
 
 def _torchaudio() -> Result:
@@ -115,7 +98,8 @@ def _phones() -> Result:
     return "ok", "hello → " + " ".join(PhoneTokenizer().phones("hello", language="en")), ""
 
 
-def _judge(name: str) -> Result:
+def _judge(name: str, where: str, kind: str) -> Result:
+    """Whether the asset ``name`` is there and class ``kind`` of ``metis_lib.evaluation.<where>`` opens it."""
     from metis_lib import assets
 
     state, asset = assets.status(name), assets.ASSETS[name]
@@ -124,33 +108,8 @@ def _judge(name: str) -> Result:
     if state == "corrupt":
         return "warn", f"a hash differs under {assets.asset_folder(name)}", PREPARE
     began = time.perf_counter()
-    _open(name, assets.asset_folder(name))
+    _ = getattr(importlib.import_module(f"metis_lib.evaluation.{where}"), kind)().model
     return "ok", f"{asset.purpose}; hash right, opens in {time.perf_counter() - began:.1f} s", ""
-
-
-def _open(name: str, folder: Path) -> None:
-    """Open the weights of a judge as its library does."""
-    if name == "whisper-base":
-        from faster_whisper import WhisperModel
-
-        WhisperModel(str(folder), device="cpu", compute_type="int8", local_files_only=True)
-    elif name == "ecapa":
-        import torch
-
-        from metis_lib.compat import prepare_torchaudio
-
-        prepare_torchaudio()
-        from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
-
-        channels, kernels = [1024, 1024, 1024, 1024, 3072], [5, 3, 3, 3, 1]
-        model = ECAPA_TDNN(80, channels=channels, kernel_sizes=kernels, dilations=[1, 2, 3, 4, 1], lin_neurons=192)
-        weights = torch.load(folder / "embedding_model.ckpt", map_location="cpu", weights_only=True)
-        model.load_state_dict(weights)
-    else:
-        import onnxruntime
-
-        for path in sorted(folder.glob("*.onnx")):
-            onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
 def _intrusive() -> Result:
@@ -220,11 +179,11 @@ CHECKS: dict[str, tuple[Callable[[], Result], str, str]] = {
     "lora": (_lora, "fail", SETUP),
     "phones": (_phones, "fail", "pip install espeakng-loader phonemizer"),
     "nano": (_nano, "fail", "clone the repository again; the weights are part of it"),
-    "judge whisper-base": (lambda: _judge("whisper-base"), "warn", SETUP),
-    "judge ecapa": (lambda: _judge("ecapa"), "warn", SETUP),
-    "judge speechmos": (lambda: _judge("speechmos"), "warn", SETUP),
+    "judge whisper-base": (partial(_judge, "whisper-base", "judges", "WhisperJudge"), "warn", SETUP),
+    "judge ecapa": (partial(_judge, "ecapa", "judges", "SpeakerJudge"), "warn", SETUP),
+    "judge speechmos": (partial(_judge, "speechmos", "judges", "DnsmosJudge"), "warn", SETUP),
     "judges pesq stoi": (_intrusive, "warn", SETUP),
-    "peer nsnet2": (lambda: _judge("nsnet2"), "warn", SETUP),
+    "peer nsnet2": (partial(_judge, "nsnet2", "peers", "NSNet2"), "warn", SETUP),
     "notebooks": (_notebooks, "warn", SETUP),
     "disk": (_disk, "warn", "set METIS_HOME to a disk with room"),
     "downloads": (_downloads, "warn", "check the network"),

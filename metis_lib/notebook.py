@@ -84,9 +84,7 @@ def listening_table(rows: Sequence[Mapping[str, Any]]) -> HTML:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows
-    )
+    body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows)
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
@@ -139,14 +137,12 @@ def spectrograms(sources: Mapping[str, audio.Source], *, bands: int = 80) -> Fig
     return figure
 
 
-def token_grid(
-    trace: Any, mask_id: int | None = None, *, title: str = "when each token was decided"
-) -> Figure:
+def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when each token was decided") -> Figure:
     """Masked decoding as a picture: iterations down, frames across, colour = the step that decided a token.
 
-    ``trace`` is a :class:`~metis_lib.models.masked.MaskedTrace`, or the tokens after each iteration, ``[N, T]``
-    or ``[N, B, T]`` (the first of the batch is shown), with ``mask_id`` where nothing is decided; those cells
-    stay white.
+    ``trace`` is a :class:`metis_lib.models.masked.MaskedTrace`, or the tokens after each iteration,
+    ``[N, T]`` or ``[N, B, T]`` (the first of the batch is shown), with ``mask_id`` where nothing is decided;
+    those cells stay white.
     """
     import matplotlib.pyplot as plt
 

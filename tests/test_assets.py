@@ -199,14 +199,13 @@ def test_apt_sources_of_both_formats_get_every_component(tmp_path):
         "Types: deb\nURIs: http://b.example/tools\nSuites: stable\nComponents: extra\n"
     )
     (tmp_path / "sources.list").write_text("deb [signed-by=/k.gpg] http://c.example/debian bookworm main\n# no\n")
-    sources = assets._apt_sources(tmp_path)
-    assert assets._source_text(sources, None).splitlines() == [
+    assert assets._apt_entries(None, tmp_path).splitlines() == [
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian bookworm main contrib non-free",
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian bookworm-updates main contrib non-free",
         "deb http://a.example/debian-security bookworm-security main contrib non-free",
         "deb [signed-by=/k.gpg] http://c.example/debian bookworm main contrib non-free",
     ]
-    assert assets._source_text(sources, "trixie").splitlines() == [
+    assert assets._apt_entries("trixie", tmp_path).splitlines() == [
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian trixie main contrib non-free",
         "deb [signed-by=/k.gpg] http://c.example/debian trixie main contrib non-free",
     ]
@@ -232,10 +231,9 @@ def test_real_assets_arrive_from_where_they_can(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_real_debian_and_npm_packages(tmp_path, monkeypatch):
+def test_real_debian_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("METIS_HOME", str(tmp_path))
     data = assets.fetch_deb("pocketsphinx-testdata") / "usr/share/pocketsphinx/test/data"
     assert list(data.glob("librivox/*.wav"))
-    assert (assets.fetch_npm("kokoro-js", "1.2.1") / "package.json").is_file()
     with pytest.raises(MetisError, match="no-such-package"):
         assets.fetch_deb("no-such-package")

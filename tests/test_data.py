@@ -11,7 +11,7 @@ import pytest
 import soundfile
 
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data import corpora, manifest, simulate, synthesis, testset
+from metis_lib.data import corpora, simulate, store, synthesis, testset
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
 from metis_lib.errors import MetisError
 
@@ -42,10 +42,10 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_manifest_comes_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
-    manifest.write_jsonl(path, [GOOD, GOOD | {"id": "b", "start": 0.5, "end": 2.0}])
-    rows = manifest.read_manifest(path)
+    store.write_jsonl(path, [GOOD, GOOD | {"id": "b", "start": 0.5, "end": 2.0}])
+    rows = store.read_manifest(path)
     assert rows[0].audio == tmp_path / "a.flac" and rows[0].start is None and rows[1].end == 2.0
-    manifest.write_manifest(tmp_path / "again.jsonl", rows)
+    store.write_manifest(tmp_path / "again.jsonl", rows)
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.jsonl", "m.jsonl"]
 
@@ -67,16 +67,16 @@ def test_manifest_comes_back_as_written(tmp_path: Path) -> None:
 )
 def test_bad_row_is_named_with_its_line(tmp_path: Path, change: dict, says: str) -> None:
     path = tmp_path / "m.jsonl"
-    manifest.write_jsonl(path, [GOOD, GOOD | {"id": "b"} | change])
+    store.write_jsonl(path, [GOOD, GOOD | {"id": "b"} | change])
     with pytest.raises(MetisError, match=says) as error:
-        manifest.read_manifest(path)
+        store.read_manifest(path)
     assert f"{path}:2" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_manifest_failures_are_one_clear_line(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     with pytest.raises(MetisError, match="no such manifest"):
-        manifest.read_manifest(path)
+        store.read_manifest(path)
     for content, says in (
         ("\n", "is empty"),
         ("{oops\n", ":1: not JSON"),
@@ -86,17 +86,17 @@ def test_manifest_failures_are_one_clear_line(tmp_path: Path) -> None:
     ):
         path.write_text(content)
         with pytest.raises(MetisError, match=says):
-            manifest.read_manifest(path)
+            store.read_manifest(path)
     path.write_text(json.dumps(GOOD))
-    manifest.read_manifest(path)
+    store.read_manifest(path)
     with pytest.raises(MetisError, match=r":1: the recording a\.flac is missing"):
-        manifest.read_manifest(path, check_files=True)
+        store.read_manifest(path, check_files=True)
 
 
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "part.jsonl"
     path.write_text('{"id": 1}\n{"id": 2}\n{"id"')
-    assert manifest.read_jsonl(path) == [{"id": 1}, {"id": 2}]
+    assert store.read_jsonl(path) == [{"id": 1}, {"id": 2}]
 
 
 # ---------------------------------------------------------------- building blocks of the corpus
@@ -170,10 +170,7 @@ def test_room_has_its_direct_path_where_it_says() -> None:
 
 def _pool(count: int) -> list[str]:
     words = ["river", "stone", "garden", "window", "letter", "winter", "paper", "morning", "silver", "candle"]
-    return [
-        f"The {words[i % 10]} and a {words[i // 10 % 10]} met the {words[i // 100 % 10]}."
-        for i in range(count)
-    ]
+    return [f"The {words[i % 10]} and a {words[i // 10 % 10]} met the {words[i // 100 % 10]}." for i in range(count)]
 
 
 def test_sentences_are_plain() -> None:
@@ -303,9 +300,7 @@ def test_band_limit(hz: int) -> None:
 def test_babble_is_of_others() -> None:
     talk = [Recording("me", _tone(3000)), *(Recording(f"s{i}", _tone(200 + 50 * i)) for i in range(4))]
     for seed in range(20):
-        wav, name = Noises(speech=talk).sample(
-            24000, np.random.default_rng(seed), kind="babble", exclude="me"
-        )
+        wav, name = Noises(speech=talk).sample(24000, np.random.default_rng(seed), kind="babble", exclude="me")
         assert np.abs(np.fft.rfft(wav))[3000] < 1 and name.startswith("babble:")
 
 
@@ -366,9 +361,7 @@ def test_testset_speakers_are_never_trained_on() -> None:
 
 def test_noisy_items_are_aligned_and_as_noisy_as_stated() -> None:
     rows = rows_of("se")
-    assert {r["snr_db"] for r in rows} >= {0.0, 15.0} and sum(
-        r["done"]["room"] is not None for r in rows
-    ) == 4
+    assert {r["snr_db"] for r in rows} >= {0.0, 15.0} and sum(r["done"]["room"] is not None for r in rows) == 4
     for row in rows:
         clean, noisy = wav_of(row["clean"]), wav_of(row["noisy"])
         assert len(clean) == len(noisy) and np.abs(noisy).max() < 1 and row["noise_licence"]

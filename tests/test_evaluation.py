@@ -104,6 +104,18 @@ def test_intrusive_failures_have_reasons() -> None:
             metric(buzz, buzz[:16_000])
 
 
+def test_pesq_of_noise_that_it_takes_for_silence_is_a_failure(monkeypatch: Any) -> None:
+    """Untrained systems gave 4.4 on some utterances: nothing was compared."""
+    import pesq
+
+    clean = audio.read(speech()[0].clean, 16_000).numpy()
+    noise = 0.002 * np.random.default_rng(0).standard_normal(len(clean)).astype(np.float32)
+    monkeypatch.setattr(pesq, "pesq", lambda *_: 4.4)
+    with pytest.raises(MetricFailure, match="no active speech"):
+        metrics.pesq_wb(clean, noise)
+    assert metrics.pesq_wb(clean, clean) == 4.4
+
+
 # --- judges --------------------------------------------------------------------------------------------
 
 
@@ -117,9 +129,7 @@ def test_dnsmos_equals_the_package_speechmos(seconds: float, sig: float, bak: fl
     assert list(verdict.values()) == pytest.approx([sig, bak, ovrl], abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "windows"), [(1.0, 7), (5.0, 1), (8.9, 8), (9.01, 1), (10.0, 1), (12.5, 3)]
-)
+@pytest.mark.parametrize(("seconds", "windows"), [(1.0, 7), (5.0, 1), (8.9, 8), (9.01, 1), (10.0, 1), (12.5, 3)])
 def test_dnsmos_windows_of_9_seconds(seconds: float, windows: int) -> None:
     """Shorter clips are doubled until they fill a window, as the published script does."""
     assert judges.DnsmosJudge.windows(np.zeros(round(seconds * 16_000), np.float32)).shape[0] == windows
@@ -135,9 +145,7 @@ def test_dnsmos_hears_noise() -> None:
 def test_ecapa_tells_speakers_apart() -> None:
     items = speech("tts")
     other = next(item for item in items if item.speaker != items[0].speaker)
-    clips = [
-        audio.read(path, 16_000).numpy() for path in (items[0].clean, items[0].prompt, other.clean) if path
-    ]
+    clips = [audio.read(path, 16_000).numpy() for path in (items[0].clean, items[0].prompt, other.clean) if path]
     judge = judges.SpeakerJudge()
     target, same, different = (np.array(embedding) for embedding in judge.judge_batch(clips))
     assert len(target) == 192
@@ -164,9 +172,7 @@ def test_bad_audio_fails_in_its_place_and_missing_weights_are_asked_for_once(mon
         raise MetisError("no network")
 
     monkeypatch.setattr(judges, "asset_file", refuse)
-    verdicts = judges.DnsmosJudge().judge_batch(
-        [np.zeros(0, np.float32), np.full(9, np.nan), voice(1), voice(1)]
-    )
+    verdicts = judges.DnsmosJudge().judge_batch([np.zeros(0, np.float32), np.full(9, np.nan), voice(1), voice(1)])
     assert [str(verdict).split(":")[0] for verdict in verdicts] == [
         *["the audio is empty or not finite"] * 2,
         *["the judge is not available"] * 2,
@@ -194,9 +200,7 @@ def test_interval_equals_scipy_over_utterances() -> None:
     values = np.random.default_rng(3).gamma(2.0, 0.1, 12)
     ids = [str(index) for index in range(12)]
     estimate = stats.mean_interval(list(values), ["a", "b"] * 6, ids)
-    expected = bootstrap(
-        (values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(9)
-    )
+    expected = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(9))
     assert estimate.unit == "utterances"
     assert estimate.mean == pytest.approx(values.mean())
     assert estimate.ci95 == pytest.approx(tuple(expected.confidence_interval), abs=0.005)
@@ -278,6 +282,9 @@ def test_numbers_of_different_protocols_never_share_a_column() -> None:
     assert "0.10 [0.00, 0.20]" in report.table({"a": summary["a"]}).to_string()
     with pytest.raises(MetisError, match="not comparable"):
         report.table(summary)
+    failed = {"b": {"wer": entry | {"n_failed": 2}}, "c": {"wer": entry | {"mean": None, "n": 0, "n_failed": 3}}}
+    line = report.text_table({"se": {"a": summary["a"], **failed}}).splitlines()[-1]
+    assert re.split(r"\s{2,}", line)[1:4] == ["0.10 [0.00, 0.20]", "0.10 [0.00, 0.20] (2 failed)", "failed (3)"]
 
 
 def test_transcripts_mark_what_was_misheard() -> None:
@@ -292,6 +299,7 @@ def test_transcripts_mark_what_was_misheard() -> None:
 ROWS = {"codec": ["recording"], "se": ["clean", "noisy", "nsnet2"], "tts": ["recording"]}
 
 
+@pytest.mark.notebooks
 def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
     """Schema of the summary, the files of a run, and a second run that judges nothing again."""
     out = tmp_path / "out"
@@ -357,11 +365,10 @@ def tiny_notebook(path: Path, *lines: str) -> Path:
     return path
 
 
+@pytest.mark.notebooks
 def test_a_failed_notebook_is_isolated_and_the_run_fails(tmp_path: Path, monkeypatch: Any) -> None:
     entry = {"mean": 1.0, "ci95": None, "n": 1, "n_failed": 0, "protocol": metrics.WER}
-    rows = [
-        {"id": item.id, "system": "noisy", "seed": None, "heard": "x", "wer": 1.0} for item in speech()[:1]
-    ]
+    rows = [{"id": item.id, "system": "noisy", "seed": None, "heard": "x", "wer": 1.0} for item in speech()[:1]]
     rows = [row | {"audio": None} for row in rows]
     notebooks = {
         "codec": tiny_notebook(tmp_path / "codec.ipynb", "raise ValueError('this one is broken')"),
@@ -378,9 +385,7 @@ def test_a_failed_notebook_is_isolated_and_the_run_fails(tmp_path: Path, monkeyp
     stale = tmp_path / "out" / "codec" / "summary.json"
     record.write_json(stale, {"recording": {"wer": entry}})
     with pytest.raises(runner.EvaluationFailed, match="codec failed; codec: .*this one is broken") as caught:
-        runner.evaluate(
-            ["codec", "se"], {"codec": ["recording"], "se": ["noisy"]}, "human", tmp_path / "out", limit=1
-        )
+        runner.evaluate(["codec", "se"], {"codec": ["recording"], "se": ["noisy"]}, "human", tmp_path / "out", limit=1)
     assert list(caught.value.summary) == ["se"]
     assert not stale.exists()
     assert "this one is broken" in (tmp_path / "out" / "executed" / "codec.ipynb").read_text()

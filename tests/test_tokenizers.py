@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from metis_lib.config import AcousticCodecConfig, SemanticCodecConfig, SSLConfig, preset
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.acoustic import AcousticCodec, MelEncoder
-from metis_lib.tokenizers.numbers import cardinal, ordinal
 from metis_lib.tokenizers.semantic import FactorizedVQ, ResidualVQ, SemanticCodec, fold_weight_norm
 from metis_lib.tokenizers.ssl import SSLEncoder, fbank
-from metis_lib.tokenizers.text import PhoneTokenizer, clean, expand_english, split_phones
-from metis_lib.training.losses import multi_scale_log_mel_loss
+from metis_lib.tokenizers.text import PhoneTokenizer, cardinal, clean, expand_english, ordinal, split_phones
+from metis_lib.training.losses import multi_scale_mel_losses
 
 GOLDEN = Path(__file__).parent / "golden"
 CLOSE = {"atol": 1e-4, "rtol": 0}
@@ -238,7 +237,7 @@ def test_acoustic_codec_trains_under_autocast() -> None:
         out = codec(wav, torch.Generator().manual_seed(0))
     assert out["recon"].shape == wav.shape and out["codes"].shape == (2, 11, 12)
     assert all(out[k].dtype == torch.float32 for k in ("recon", "commit_loss", "codebook_loss"))
-    loss = multi_scale_log_mel_loss(out["recon"], wav, 24_000) + out["commit_loss"] + out["codebook_loss"]
+    loss = multi_scale_mel_losses(out["recon"], wav, 24_000)[0] + out["commit_loss"] + out["codebook_loss"]
     loss.backward()
     for name, parameter in codec.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
@@ -255,11 +254,12 @@ def test_acoustic_codec_refuses_bad_input() -> None:
         codec.decode(torch.full((1, 3, 12), 32))
 
 
-def test_log_mel_loss() -> None:
+def test_mel_losses() -> None:
     wav = 0.1 * torch.randn(1, 6000)
-    assert multi_scale_log_mel_loss(wav, wav, 24_000) == 0
-    # Halving the signal moves every log magnitude above the floor by log 2.
-    assert abs(multi_scale_log_mel_loss(wav, wav / 2, 24_000).item() - 0.6931) < 1e-3
+    assert multi_scale_mel_losses(wav, wav, 24_000) == (0, 0)
+    # Doubling the signal moves every log magnitude above the floor by log 2, and is off by the whole norm.
+    log_l1, convergence = multi_scale_mel_losses(2 * wav, wav, 24_000)
+    assert abs(log_l1.item() - 0.6931) < 1e-3 and abs(convergence.item() - 1) < 1e-5
 
 
 # --- SSL encoder

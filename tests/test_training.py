@@ -179,9 +179,7 @@ def test_enhancement_reads_its_condition_and_leaves_the_base_alone(tokens, featu
 def test_text_to_speech_reads_its_text(tokens, base):
     changes = {**TTS.stage1, "phone_vocab": 32, "text_hint": "even"}
     config = TaskConfig("tts", changes, lora_rank=4)
-    _, scores = gen.fine_tune(
-        TTS, config, DEBUG.stage1, base, tokens, tokens, quick(150, lr=1e-2), pad=31, budget=480
-    )
+    _, scores = gen.fine_tune(TTS, config, DEBUG.stage1, base, tokens, tokens, quick(150, lr=1e-2), pad=31, budget=480)
     assert scores["with_condition"] < scores["without"] - 0.3
 
 

@@ -2,7 +2,7 @@
 
 ``prepare_nano`` writes ``$METIS_HOME/corpora/nano``::
 
-    manifest.jsonl          one row per utterance (metis_lib.data.manifest)
+    manifest.jsonl          one row per utterance (metis_lib.data.store)
     audio/<source>/**.flac  24 kHz mono, PCM16, about -23 dBFS RMS, trimmed
     noise.jsonl, noise/     ambient recordings with licence
     rirs.safetensors        simulated room impulse responses
@@ -15,6 +15,7 @@ speaker is a training speaker, and synthetic sentences are divided by a hash of 
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import re
 import struct
@@ -27,12 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
+import torch
 
-from metis_lib import assets
+from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data import manifest
-from metis_lib.data.manifest import row
 from metis_lib.data.simulate import frame_db, level, trim
+from metis_lib.data.store import read_jsonl, row, write_jsonl
 from metis_lib.errors import MetisError
 
 SUITE = "bookworm"
@@ -45,6 +47,23 @@ UQM_DROPPED = ("umgah", "yehat", "spathi", "kohrah")
 UQM_TEST = ("urquan", "syreen", "slylandro", "utwig")
 UQM_VALIDATION = ("commander", "mycon")
 MIN_SECONDS, MAX_SECONDS = 1.0, 12.0
+
+
+def to_24k(wav: np.ndarray, rate: int) -> np.ndarray:
+    """[S] at ``rate`` Hz as float32 [S] at 24 kHz."""
+    return audio.resample(torch.from_numpy(wav), rate, AUDIO_RATE).numpy()
+
+
+def _start_worker() -> None:
+    os.nice(10)
+    torch.set_num_threads(1)
+
+
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Fresh processes (a fork of one that has computed may hang) that compute on one thread each."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
 # ---------------------------------------------------------------- human: The Ur-Quan Masters
 
 
@@ -109,11 +128,6 @@ def uqm_files() -> tuple[Path, Path]:
 
 def uqm_sentences(archive: Path, texts: Path, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """One character's sentences: (id, text, float32 [S] at 24 kHz, trimmed and levelled)."""
-    import soundfile
-    import torch
-
-    from metis_lib import audio
-
     with zipfile.ZipFile(archive) as voices, zipfile.ZipFile(texts) as content:
         inside, here = f"3dovoice/{name}/", set(voices.namelist())
         own = f"{inside}{name}.txt"
@@ -136,32 +150,28 @@ def uqm_sentences(archive: Path, texts: Path, name: str) -> Iterator[tuple[str, 
                     continue
                 part = trim(wav[int(start * rate) : int(end * rate)], rate)
                 if len(part) >= MIN_SECONDS * rate and np.abs(part).max() > 1e-3:
-                    part = audio.resample(torch.from_numpy(part), rate, AUDIO_RATE).numpy()
-                    yield f"uqm-{Path(file).stem}-{k:02d}", text, level(part)
+                    yield f"uqm-{Path(file).stem}-{k:02d}", text, level(to_24k(part, rate))
 
 
 def _uqm_character(archive: Path, texts: Path, out: Path, name: str) -> list[dict[str, Any]]:
     """Write one character's sentences; rows of the manifest."""
-    from metis_lib import audio
-
     split = "test" if name in UQM_TEST else "validation" if name in UQM_VALIDATION else "train"
     rows = []
     for id, text, wav in uqm_sentences(archive, texts, name):
         path = out / "audio" / "uqm" / name / f"{id.removeprefix('uqm-')}.flac"
         audio.write(path, wav, AUDIO_RATE)
-        who = f"uqm-{name}"
-        rows.append(row(id, path, out, text, who, len(wav), split, UQM_SOURCE, UQM_LICENCE, True))
+        rows.append(row(id, path, out, text, f"uqm-{name}", len(wav), split, UQM_SOURCE, UQM_LICENCE, True))
     return rows
 
 
-def build_uqm(out: Path, workers: int) -> list[dict[str, Any]]:
-    """All usable characters of the game as sentences; rows of the manifest."""
+def build_uqm(out: Path, workers: int) -> None:
+    """All usable characters of the game as sentences, with ``parts/uqm.jsonl``."""
     archive, texts = uqm_files()
     with zipfile.ZipFile(archive) as z:
         names = sorted({n.split("/")[1] for n in z.namelist() if n.endswith(".ts")} - set(UQM_DROPPED))
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         parts = pool.map(_uqm_character, *zip(*((archive, texts, out, n) for n in names), strict=True))
-        return [r for part in parts for r in part]
+        write_jsonl(out / "parts" / "uqm.jsonl", [r for part in parts for r in part])
 
 
 # ---------------------------------------------------------------- noise and rooms
@@ -195,19 +205,13 @@ def ambient_recordings() -> dict[str, np.ndarray]:
     Raises:
         MetisError: the package cannot be fetched or is not what was expected.
     """
-    import soundfile
-    import torch
-
-    from metis_lib import audio
-
     bundle = assets.fetch_deb("blanket", "trixie") / "usr/share/blanket/blanket.gresource"
     found = {}
     for name, data in read_gresource(bundle.read_bytes()):
         stem = name.removesuffix(".ogg")
         if stem in BLANKET_LICENCES:
             wav, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
-            wav = audio.resample(torch.from_numpy(wav.mean(axis=1)), rate, AUDIO_RATE).numpy()
-            found[stem] = level(wav, -26.0)
+            found[stem] = level(to_24k(wav.mean(axis=1), rate), -26.0)
     if len(found) != len(BLANKET_LICENCES):
         raise MetisError(f"package blanket: {len(found)} of {len(BLANKET_LICENCES)} recordings found")
     return dict(sorted(found.items()))
@@ -215,8 +219,6 @@ def ambient_recordings() -> dict[str, np.ndarray]:
 
 def build_noise(out: Path) -> None:
     """Ambient recordings as 24 kHz mono FLAC with ``noise.jsonl``."""
-    from metis_lib import audio
-
     rows = []
     for stem, wav in ambient_recordings().items():
         audio.write(out / "noise" / f"{stem}.flac", wav, AUDIO_RATE)
@@ -225,7 +227,7 @@ def build_noise(out: Path) -> None:
             "duration": round(len(wav) / AUDIO_RATE, 3), "split": "test" if stem in NOISE_TEST else "train",
             "source": f"Debian package blanket, {stem}.ogg", "licence": BLANKET_LICENCES[stem],
         })  # fmt: skip
-    manifest.write_jsonl(out / "noise.jsonl", rows)
+    write_jsonl(out / "noise.jsonl", rows)
 
 
 def simulate_room(seed: int) -> tuple[np.ndarray, int, float]:
@@ -263,7 +265,7 @@ def build_rirs(out: Path, workers: int, count: int = 200) -> None:
     """
     from safetensors.numpy import save_file
 
-    with ProcessPoolExecutor(workers) as pool:
+    with worker_pool(workers) as pool:
         rooms = list(pool.map(simulate_room, range(count), chunksize=10))
     bank = np.zeros((count, max(len(r) for r, _, _ in rooms)), dtype=np.float16)
     for i, (rir, _, _) in enumerate(rooms):
@@ -282,13 +284,6 @@ def build_rirs(out: Path, workers: int, count: int = 200) -> None:
 # ---------------------------------------------------------------- all of it
 
 
-def _collect(out: Path) -> list[dict[str, Any]]:
-    """Join the parts to ``manifest.jsonl``; its rows."""
-    rows = [r for part in sorted((out / "parts").glob("*.jsonl")) for r in manifest.read_jsonl(part)]
-    manifest.write_jsonl(out / "manifest.jsonl", rows)
-    return rows
-
-
 def prepare_nano(
     home: str | os.PathLike[str] | None = None, *, hours_synthetic: float = 3.0, seed: int = 0,
     workers: int = 2, say: Callable[[str], None] = lambda line: None,
@@ -303,8 +298,7 @@ def prepare_nano(
         say: called with a line about every step.
 
     Returns:
-        The folder of the corpus; ``HUMAN_READY`` in it marks that the human part is complete,
-        ``ALL_READY`` that everything is.
+        The folder of the corpus; ``ALL_READY`` in it marks that everything is complete.
 
     Raises:
         MetisError: a package cannot be fetched or is not what was expected.
@@ -319,28 +313,25 @@ def prepare_nano(
     def tell(line: str) -> None:
         say(f"[{time.monotonic() - began:6.0f} s] {line}")
 
-    human = out / "parts" / "uqm.jsonl"
-    if not human.is_file():
-        tell("human recordings")
-        manifest.write_jsonl(human, build_uqm(out, workers))
-    _collect(out)
-    (out / "HUMAN_READY").touch()
+    def tally() -> str:
+        rows = [r for part in sorted((out / "parts").glob("*.jsonl")) for r in read_jsonl(part)]
+        write_jsonl(out / "manifest.jsonl", rows)
+        return f"{len(rows)} utterances, {sum(r['duration'] for r in rows) / 3600:.2f} h"
+
+    steps: list[tuple[str, Path, Callable[[], object]]] = [
+        ("human recordings", out / "parts" / "uqm.jsonl", lambda: build_uqm(out, workers)),
+        ("noise", out / "noise.jsonl", lambda: build_noise(out)),
+        ("room impulse responses", out / "rirs.safetensors", lambda: build_rirs(out, workers)),
+    ]
+    for name, result, build in steps:
+        if not result.is_file():
+            tell(name)
+            build()
     tell("synthetic speech")
-    running = synthesis.start(out, hours_synthetic, seed, workers)
-    try:
-        if not (out / "noise.jsonl").is_file():
-            tell("noise")
-            build_noise(out)
-        if not (out / "rirs.safetensors").is_file():
-            tell("room impulse responses")
-            build_rirs(out, 1)
-        while running.poll():
-            time.sleep(20)
-            rows = _collect(out)
-            tell(f"{len(rows)} utterances, {sum(r['duration'] for r in rows) / 3600:.2f} h")
-    finally:
-        running.stop()
-    rows = _collect(out)
+    for left in synthesis.synthesise(out, hours_synthetic, seed, workers):
+        if left % 250 == 0:
+            tell(f"{tally()}, {left} to go")
+    total = tally()
     (out / "ALL_READY").touch()
-    tell(f"ready: {len(rows)} utterances, {sum(r['duration'] for r in rows) / 3600:.2f} h in {out}")
+    tell(f"ready: {total} in {out}")
     return out

@@ -101,12 +101,7 @@ class Noises:
     talkers: tuple[int, int] = (3, 6)
 
     def sample(
-        self,
-        length: int,
-        generator: np.random.Generator,
-        *,
-        kind: str | None = None,
-        exclude: str | None = None,
+        self, length: int, generator: np.random.Generator, *, kind: str | None = None, exclude: str | None = None
     ) -> tuple[np.ndarray, str]:
         """Noise [S] of any level and its name.
 
@@ -132,9 +127,7 @@ class Noises:
         return colour(length, 1.0 if kind == "pink" else 0.0, generator), kind
 
     @classmethod
-    def load(
-        cls, corpus: str | os.PathLike[str], *, split: str = "train", speech: int = 160, seed: int = 0
-    ) -> Noises:
+    def load(cls, corpus: str | os.PathLike[str], *, split: str = "train", speech: int = 160, seed: int = 0) -> Noises:
         """The corpus's noise: ambient recordings of ``split`` and ``speech`` utterances for babble.
 
         Args:
@@ -148,7 +141,7 @@ class Noises:
         """
         import soundfile
 
-        from metis_lib.data.manifest import read_jsonl, read_manifest
+        from metis_lib.data.store import read_jsonl, read_manifest
 
         corpus = Path(corpus)
         listed = [r for r in read_jsonl(corpus / "noise.jsonl") if r["split"] == split]

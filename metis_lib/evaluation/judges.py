@@ -40,6 +40,7 @@ def onnx_session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # kind to a busy machine
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -93,9 +94,7 @@ class WhisperJudge(Judge):
         from faster_whisper import WhisperModel
 
         folder = asset_file("whisper-base", "model.bin").parent
-        return WhisperModel(
-            str(folder), device="cpu", compute_type="int8", cpu_threads=0, local_files_only=True
-        )
+        return WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=0, local_files_only=True)
 
     def judge(self, wav_16k: Wave) -> str:
         segments, _ = self.model.transcribe(

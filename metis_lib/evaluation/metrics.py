@@ -33,7 +33,8 @@ PROTOCOLS: dict[str, str] = {
     SIM: "cosine of SpeechBrain ECAPA-TDNN (VoxCeleb) embeddings of whole recordings, one at a time",
     DNSMOS: "DNSMOS P.835 (2022 model), polyfit, non-personalised, mean over 9.01 s windows, hop 1 s",
     PESQ: "P.862.2 wide band at 16 kHz against the clean recording, a delay of at most 50 ms removed "
-    "(cross-correlation); it punishes phase and timing of generated speech, so read it with care",
+    "(cross-correlation); above 3 at a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
+    "punishes phase and timing of generated speech, so read it with care",
     STOI: "pystoi (not extended) against the clean recording, aligned as for PESQ; same caution",
 }
 METRICS: dict[str, str] = {
@@ -126,9 +127,7 @@ def align(reference: Wave, signal: Wave, rate: int, max_ms: float = MAX_DELAY_MS
 def _pair(reference: Wave, signal: Wave) -> tuple[Wave, Wave]:
     difference = abs(len(reference) - len(signal)) / JUDGE_RATE
     if difference > 0.25:
-        raise MetricFailure(
-            f"the lengths differ by {difference:.2f} s: not the same utterance sample by sample"
-        )
+        raise MetricFailure(f"the lengths differ by {difference:.2f} s: not the same utterance sample by sample")
     aligned_reference, aligned_signal, _ = align(reference, signal, JUDGE_RATE)
     return aligned_reference, aligned_signal
 
@@ -137,18 +136,22 @@ def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
     """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz.
 
     Raises:
-        MetricFailure: no utterance found, or too short.
+        MetricFailure: no utterance found, too short, or a score above 3 for what STOI finds unintelligible
+            (below 0.5): P.862 compares nothing where it finds no active speech, and then reports about 4.4.
     """
     import pesq
 
     reference, signal = _pair(reference_16k, signal_16k)
     try:
         with np.errstate(invalid="ignore"):
-            return float(pesq.pesq(JUDGE_RATE, reference, signal, "wb"))
+            value = float(pesq.pesq(JUDGE_RATE, reference, signal, "wb"))
     except (pesq.PesqError, ValueError, ZeroDivisionError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         reason = reason.decode() if isinstance(reason, bytes) else str(reason)
         raise MetricFailure(f"PESQ: {reason}") from error
+    if value > 3.0 and stoi(reference_16k, signal_16k) < 0.5:
+        raise MetricFailure(f"PESQ: found no active speech to compare (it gave {value:.2f} at a STOI below 0.5)")
+    return value
 
 
 def stoi(reference_16k: Wave, signal_16k: Wave) -> float:

@@ -35,8 +35,8 @@ def results(summary: dict[str, report.TaskSummary], run: dict[str, Any]) -> str:
         MetisError: numbers of different protocols would share a column.
     """
     protocols: dict[str, str] = {}
-    for task in summary.values():
-        for metric, protocol in report.check_protocols(task).items():
+    for scores in summary.values():
+        for metric, protocol in report.check_protocols(scores).items():
             if protocols.setdefault(metric, protocol) != protocol:
                 raise MetisError(f"{metric} was measured by {protocol} and by {protocols[metric]}")
     protocols.pop("wer_corpus", None)

@@ -51,9 +51,7 @@ def check_protocols(summary: TaskSummary) -> dict[str, str]:
     for system, entries in summary.items():
         for metric, entry in entries.items():
             if found.setdefault(metric, entry["protocol"]) != entry["protocol"]:
-                raise MetisError(
-                    f"{metric} of {system} is {entry['protocol']}, not {found[metric]}: not comparable"
-                )
+                raise MetisError(f"{metric} of {system} is {entry['protocol']}, not {found[metric]}: not comparable")
     return found
 
 
@@ -62,9 +60,7 @@ def table(summary: TaskSummary) -> DataFrame:
     import pandas
 
     columns = check_protocols(summary)
-    rows = {
-        s: {LABELS[m]: cell(entries[m]) for m in columns if m in entries} for s, entries in summary.items()
-    }
+    rows = {s: {LABELS[m]: cell(entries[m]) for m in columns if m in entries} for s, entries in summary.items()}
     return pandas.DataFrame.from_dict(rows, orient="index")
 
 
@@ -73,15 +69,14 @@ def text_table(summary: dict[str, TaskSummary]) -> str:
     lines = []
     for task, systems in summary.items():
         protocols = check_protocols(systems)
-        count = max(
-            entry["n"] + entry["n_failed"] for entries in systems.values() for entry in entries.values()
-        )
-        width = max(22, *(len(system) + 2 for system in systems))
+        count = max(entry["n"] + entry["n_failed"] for entries in systems.values() for entry in entries.values())
+        cells = {metric: [cell(entries[metric]) for entries in systems.values()] for metric in protocols}
+        width = 2 + max(len(text) for texts in (systems, *cells.values()) for text in texts)
         lines += ["", f"{TITLES[task]} (n = {count}; mean [95 % interval])"]
         lines.append(" " * 20 + "".join(f"{system:>{width}}" for system in systems))
-        for metric in protocols:
-            cells = "".join(f"{cell(entries[metric]):>{width}}" for entries in systems.values())
-            lines.append(f"{LABELS[metric]:<20}{cells}  {protocols[metric]}")
+        for metric, texts in cells.items():
+            row = "".join(f"{text:>{width}}" for text in texts)
+            lines.append(f"{LABELS[metric]:<20}{row}  {protocols[metric]}")
     return "\n".join(lines[1:])
 
 
@@ -158,9 +153,7 @@ th,td,article{border-color:#444}img{background:#fff}a{color:#9cf}}
 """
 
 
-def write_page(
-    out: str | Path, summary: dict[str, TaskSummary], testset: str | Path, limit: int | None
-) -> Path:
+def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | Path, limit: int | None) -> Path:
     """Write ``<out>/index.html``: per task the table, the plots and every item's players and transcripts.
 
     The page holds its audio (Opus) and its plots: one file, no network.
@@ -173,24 +166,17 @@ def write_page(
         rows = {system: read_rows(out, task, system) for system in systems}
         flat = [row for some in rows.values() for row in some]
         about = "".join(
-            f"<li><b>{html.escape(s)}</b>: {html.escape(SYSTEM_ABOUT.get(s, 'the model'))}</li>"
-            for s in systems
+            f"<li><b>{html.escape(s)}</b>: {html.escape(SYSTEM_ABOUT.get(s, 'the model'))}</li>" for s in systems
         )
-        plot = _png(
-            plot_scores(flat, systems), f"{TITLES[task]}: scores of every utterance, mean and interval"
-        )
+        plot = _png(plot_scores(flat, systems), f"{TITLES[task]}: scores of every utterance, mean and interval")
         items = [_item(Path(out), item, rows) for item in load_items(testset, task, limit)]
         parts.append(
             f"<section id='{task}'><h2>{TITLES[task]}</h2>"
             f"<div class='wide'>{table(systems).to_html(border=0)}</div>"
             f"<ul>{about}</ul><figure class='plot'>{plot}</figure><h3>Listen</h3>{''.join(items)}</section>"
         )
-    used = sorted(
-        {e["protocol"] for t in summary.values() for entries in t.values() for e in entries.values()}
-    )
-    protocols = "".join(
-        f"<dt><code>{p}</code></dt><dd>{html.escape(metrics.PROTOCOLS[p])}</dd>" for p in used
-    )
+    used = sorted({e["protocol"] for t in summary.values() for entries in t.values() for e in entries.values()})
+    protocols = "".join(f"<dt><code>{p}</code></dt><dd>{html.escape(metrics.PROTOCOLS[p])}</dd>" for p in used)
     run = record.read_json(Path(out) / "run.json") or {}
     links = " · ".join(f"<a href='#{task}'>{TITLES[task]}</a>" for task in summary)
     commit = f"{(run.get('commit') or 'no commit')[:12]}{' with changes' if run.get('dirty') else ''}"
@@ -215,29 +201,21 @@ def _item(out: Path, item: Item, rows: dict[str, list[dict[str, Any]]]) -> str:
     clips = []
     if item.prompt:
         said = f"<small>says: {html.escape(item.prompt_text)}</small>"
-        clips.append(
-            f"<figure><figcaption>prompt</figcaption>{notebook.player_html(item.prompt)}{said}</figure>"
-        )
+        clips.append(f"<figure><figcaption>prompt</figcaption>{notebook.player_html(item.prompt)}{said}</figure>")
     first = [system for system in _BEFORE[item.task] if system in rows]
     for system in [*first, *[system for system in rows if system not in first]]:
         for row in (row for row in rows[system] if row["id"] == item.id):
             name = system if row["seed"] in (None, 0) else f"{system}, seed {row['seed']}"
             shown = ("wer", "sim_prompt", "sim_target", "dnsmos_ovrl", "pesq_wb", "stoi")
-            scores = [
-                f"{LABELS[m].replace(' (mean)', '')} {row[m]:.2f}" for m in shown if row.get(m) is not None
-            ]
+            scores = [f"{LABELS[m].replace(' (mean)', '')} {row[m]:.2f}" for m in shown if row.get(m) is not None]
             failures = [f"{m}: {row[f'{m}_error']}" for m in LABELS if row.get(f"{m}_error")]
-            sound = (
-                notebook.player_html(out / item.task / system / row["audio"]) if row["audio"] else "no audio"
-            )
+            sound = notebook.player_html(out / item.task / system / row["audio"]) if row["audio"] else "no audio"
             clips.append(
                 f"<figure><figcaption>{html.escape(name)}</figcaption>{sound}"
                 f"<div>{transcript_html(item.text, row['heard'])}</div><small>{', '.join(scores)}"
                 f"{'<br>' if failures else ''}{html.escape('; '.join(failures))}</small></figure>"
             )
-    what = ", ".join(
-        f"{key.replace('_', ' ')} {value}" for key, value in item.extra.items() if key != "licence"
-    )
+    what = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in item.extra.items() if key != "licence")
     return (
         f"<article><p><b>{html.escape(item.text)}</b><br><small>{html.escape(item.id)}, speaker "
         f"{html.escape(item.speaker)}{', ' if what else ''}{html.escape(what)}</small></p>"

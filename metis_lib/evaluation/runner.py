@@ -48,9 +48,7 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
         raise MetisError(f"{notebook.name} has no parameters cell")
     unknown = sorted(set(parameters) - set(known))
     if unknown:
-        raise MetisError(
-            f"{notebook.name} has no parameter {', '.join(unknown)}; it knows {', '.join(known)}"
-        )
+        raise MetisError(f"{notebook.name} has no parameter {', '.join(unknown)}; it knows {', '.join(known)}")
 
 
 def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], log: Path) -> str | None:
@@ -68,6 +66,7 @@ def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], 
         "JUPYTER_PREFER_ENV_PATH": "1",
         "METIS_PLAIN_PROGRESS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
     with tempfile.TemporaryDirectory() as scratch:
         settings = Path(scratch) / "parameters.yaml"
@@ -75,9 +74,7 @@ def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], 
         command = [sys.executable, "-m", "papermill", record.relative(notebook), record.relative(partial)]
         command += ["-f", str(settings), "-k", KERNEL, "--cwd", ".", "--no-progress-bar", "--log-output"]
         with open(log, "w") as output:
-            status = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, env=environment
-            ).returncode
+            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
     if partial.is_file():
         document = json.loads(partial.read_text())
         document["metadata"].get("papermill", {})["output_path"] = record.relative(executed)

@@ -212,9 +212,7 @@ class Systems:
             return self._metis().resynthesise(str(item.clean))
         if item.task == "se":
             return self._metis().enhance(str(item.noisy), seed=seed)
-        return self._metis().speak(
-            item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed
-        )
+        return self._metis().speak(item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed)
 
 
 def produce(
@@ -267,8 +265,6 @@ def produce(
             clips.append(Clip(item, system, seed, None, error=str(error)))
             continue
         took = None if source else round(time.perf_counter() - start, 3)
-        record.write_json(
-            note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took}
-        )
+        record.write_json(note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took})
         clips.append(Clip(item, system, seed, path, took))
     return clips

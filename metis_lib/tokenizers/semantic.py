@@ -31,9 +31,7 @@ class WNConv1d(nn.Module):
         start = nn.Conv1d(c_in, c_out, kernel)
         assert start.bias is not None
         self.weight_v = nn.Parameter(start.weight.detach().clone())
-        self.weight_g = nn.Parameter(
-            torch.linalg.vector_norm(self.weight_v.detach(), dim=(1, 2), keepdim=True)
-        )
+        self.weight_g = nn.Parameter(torch.linalg.vector_norm(self.weight_v.detach(), dim=(1, 2), keepdim=True))
         self.bias = nn.Parameter(start.bias.detach().clone())
         self.stride, self.padding, self.dilation = stride, padding, dilation
 
@@ -92,9 +90,7 @@ class VocosBackbone(nn.Module):
         super().__init__()
         self.embed = nn.Conv1d(input_dim, dim, 7, padding=3)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.convnext = nn.ModuleList(
-            ConvNeXtBlock(dim, intermediate_dim, 1 / num_layers) for _ in range(num_layers)
-        )
+        self.convnext = nn.ModuleList(ConvNeXtBlock(dim, intermediate_dim, 1 / num_layers) for _ in range(num_layers))
         self.final_layer_norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_trunc_normal)
 
@@ -165,9 +161,7 @@ class FactorizedVQ(nn.Module):
         flat = F.normalize(latents.transpose(1, 2).reshape(-1, latents.shape[1]))
         codebook = F.normalize(self.codebook.weight.to(flat.dtype))
         distance = (
-            flat.square().sum(1, keepdim=True)
-            - 2 * flat @ codebook.t()
-            + codebook.square().sum(1, keepdim=True).t()
+            flat.square().sum(1, keepdim=True) - 2 * flat @ codebook.t() + codebook.square().sum(1, keepdim=True).t()
         )
         return (-distance).argmax(1).view(latents.shape[0], -1)
 
@@ -320,8 +314,7 @@ class SemanticCodec(nn.Module):
     def _encode(self, feat: Tensor) -> Tensor:
         if feat.dim() != 3 or feat.shape[2] != self.config.hidden_size or feat.shape[1] == 0:
             raise MetisError(
-                f"features must have the shape [B, T, {self.config.hidden_size}] with T > 0, "
-                f"got {tuple(feat.shape)}"
+                f"features must have the shape [B, T, {self.config.hidden_size}] with T > 0, got {tuple(feat.shape)}"
             )
         return self.encoder(feat.transpose(1, 2)).transpose(1, 2)
 

@@ -156,9 +156,7 @@ class SSLEncoder(nn.Module):
         kept = {name: value for name, value in state.items() if wanted(name)}
         self.model.load_state_dict(kept, strict=True)
 
-    def forward(
-        self, features: Tensor, lengths: Tensor | None = None, mask_time: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, features: Tensor, lengths: Tensor | None = None, mask_time: Tensor | None = None) -> Tensor:
         """Features ``[B, T, 160]`` to the un-normalised hidden state ``[B, T, C]`` of ``output_layer``.
 
         ``lengths [B]``: frames that are attended to (see :func:`fbank`), all if absent.  ``mask_time [B, T]``

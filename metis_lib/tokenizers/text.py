@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from metis_lib.errors import MetisError
-from metis_lib.tokenizers.numbers import expand_english
 
 PUNCTUATION = ",.?!;:'…"
 WORD_BOUNDARY = "_"
@@ -26,37 +25,101 @@ VOICES = {"en": "en-us"}
 
 _PLAIN = str.maketrans(dict(zip("，。！？；：、‘’⋯", ",.!?;:,''…", strict=True)))
 _MERGES = (
-    (("t", "ɹ"), "tɹ"),
-    (("d", "ɹ"), "dɹ"),
-    (("t", "s"), "ts"),
-    (("d", "z"), "dz"),
-    (("ɪ", "ɹ"), "ɪɹ"),
-    (("ɐ",), "ɚ"),
-    (("ᵻ",), "ɪ"),
-    (("əl",), "l"),
-    (("x",), "k"),
-    (("ɬ",), "l"),
-    (("ʔ",), "t"),
-    (("n̩",), "n"),
-    (("oː", "ɹ"), "oːɹ"),
+    ("t ɹ", "tɹ"), ("d ɹ", "dɹ"), ("t s", "ts"), ("d z", "dz"), ("ɪ ɹ", "ɪɹ"), ("ɐ", "ɚ"), ("ᵻ", "ɪ"),
+    ("əl", "l"), ("x", "k"), ("ɬ", "l"), ("ʔ", "t"), ("n̩", "n"), ("oː ɹ", "oːɹ"),
+)  # fmt: skip
+_ABBREVIATIONS = {
+    "mrs": "misess", "mr": "mister", "dr": "doctor", "st": "saint", "co": "company", "jr": "junior", "maj": "major",
+    "gen": "general", "drs": "doctors", "rev": "reverend", "lt": "lieutenant", "hon": "honorable", "sgt": "sergeant",
+    "capt": "captain", "esq": "esquire", "ltd": "limited", "col": "colonel", "ft": "fort", "etc": "et cetera",
+    "btw": "by the way",
+}  # fmt: skip
+_ABBREVIATED = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\b", re.IGNORECASE)
+
+
+@lru_cache(maxsize=1)
+def _inflect() -> Any:
+    """The number speller that the released front end uses; loaded by the first number of a process."""
+    import inflect
+
+    return inflect.engine()
+
+
+def cardinal(digits: str, with_and: bool = False) -> str:
+    """A run of ASCII digits as words: ``12500`` is "twelve thousand, five hundred".
+
+    ``with_and`` says "one hundred and one".  More than 18 digits are read one by one.
+    """
+    digits = digits.lstrip("0") or "0"
+    if len(digits) > 18:
+        return _inflect().number_to_words(digits, group=1).replace(", ", " ")
+    return _inflect().number_to_words(digits, andword="and" if with_and else "")
+
+
+def ordinal(digits: str) -> str:
+    """A run of ASCII digits as an ordinal number: ``112`` is "one hundred and twelfth"."""
+    return _inflect().ordinal(cardinal(digits, with_and=True))
+
+
+def _number(match: re.Match[str]) -> str:
+    """A plain number; 1001 to 2999 are read as years."""
+    digits = match[0].lstrip("0")
+    year = int(digits) if len(digits) == 4 else 0
+    if not 1000 < year < 3000 or year == 2000 or 2000 < year < 2010:
+        return f" {cardinal(digits)} "
+    if year % 100 == 0:
+        return f" {cardinal(digits[:2])} hundred "
+    return f" {_inflect().number_to_words(digits, group=2, zero='oh').replace(', ', ' ')} "
+
+
+def _dollars(match: re.Match[str]) -> str:
+    parts = match[1].split(".")
+    if len(parts) > 2:
+        return f" {match[1]} dollars "
+    amounts = []
+    for digits, unit in zip(parts, ("dollar", "cent"), strict=False):
+        digits = digits.lstrip("0")
+        if digits:
+            amounts.append(f"{digits} {unit}{'' if digits == '1' else 's'}")
+    return f" {', '.join(amounts) or 'zero dollars'} "
+
+
+def _fraction(match: re.Match[str]) -> str:
+    top, bottom = (digits.lstrip("0") or "0" for digits in match.groups())
+    if bottom == "2":
+        return " one half " if top == "1" else f" {cardinal(top, True)} halves "
+    if bottom == "4":
+        return " one quarter " if top == "1" else f" {cardinal(top, True)} quarters "
+    return f" {cardinal(top, True)} {ordinal(bottom)} "
+
+
+# A look-behind keeps the time linear in the length of a number.
+_RULES = (
+    (re.compile(r"[0-9][0-9,]+[0-9]"), lambda m: m[0].replace(",", "")),
+    (re.compile(r"£([0-9,]*[0-9]+)"), r"\1 pounds"),
+    (re.compile(r"\$([0-9.,]*[0-9]+)"), _dollars),
+    (re.compile(r"(?<![0-9])([0-9]+)/([0-9]+)"), _fraction),
+    (re.compile(r"(?<![0-9])[0-9]+\.[0-9]+"), lambda m: m[0].replace(".", " point ")),
+    (re.compile(r"(?<![0-9.,])[0-9.,]*[0-9]%"), lambda m: m[0].replace("%", " percent ")),
+    (re.compile(r"(?<![0-9])([0-9]+)(?:st|nd|rd|th)"), lambda m: f" {ordinal(m[1])} "),
+    (re.compile(r"[0-9]+"), _number),
 )
+
+
+def expand_english(text: str) -> str:
+    """Abbreviations and numbers written out: "Dr. Who paid $5" is "doctor. Who paid  five  dollars "."""
+    text = _ABBREVIATED.sub(lambda m: _ABBREVIATIONS[m[0].lower()], text)
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)  # type: ignore[arg-type]
+    return text
 
 
 def merge_phones(phones: list[str]) -> list[str]:
     """Apply the released merges and replacements, rule after rule (``t ɹ`` becomes ``tɹ``)."""
+    line = f"|{'||'.join(phones)}|"  # every phone between bars of its own
     for pattern, replacement in _MERGES:
-        if pattern[0] not in phones:
-            continue
-        merged, i = [], 0
-        while i < len(phones):
-            if phones[i] == pattern[0] and tuple(phones[i : i + len(pattern)]) == pattern:
-                merged.append(replacement)
-                i += len(pattern)
-            else:
-                merged.append(phones[i])
-                i += 1
-        phones = merged
-    return phones
+        line = line.replace(f"|{pattern.replace(' ', '||')}|", f"|{replacement}|")
+    return [phone for phone in line.split("|") if phone]
 
 
 def clean(text: str) -> str:

@@ -13,9 +13,8 @@ from torch import Tensor
 from metis_lib import audio
 from metis_lib.assets import metis_home
 from metis_lib.config import AUDIO_RATE, SSL_RATE
-from metis_lib.data.manifest import Row, read_manifest
 from metis_lib.data.simulate import Noises, Rooms, degrade
-from metis_lib.data.store import FlatStore, store_waves, wave
+from metis_lib.data.store import FlatStore, Row, read_manifest, store_waves, wave
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.semantic import SemanticCodec

@@ -1,20 +1,25 @@
 """The nano recipe as pieces, each trained on its own and saved as a part of a system (see ``recipes/nano``).
 
-A piece reads what earlier pieces left in the system folder and writes its own part there.
+A piece reads what earlier pieces left in the system folder and writes its own part there; the tokenizers go on
+from weights of their own that they find.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from metis_lib.assets import metis_home
-from metis_lib.checkpoints import TaskConfig, fill, load_state, save_part
+from metis_lib.checkpoints import SHIPPED, TaskConfig, fill, load_state, save_part
 from metis_lib.config import preset
 from metis_lib.data.store import FlatStore
+from metis_lib.errors import MetisError
 from metis_lib.tasks import TASKS
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.semantic import SemanticCodec
@@ -35,6 +40,10 @@ def _load(folder: Path, module: nn.Module) -> Any:
     return module.eval()
 
 
+def _weights_so_far(folder: Path) -> dict[str, Tensor] | None:
+    return load_state(folder) if (folder / "config.json").is_file() else None
+
+
 def _encoder(out: Path) -> SSLEncoder:
     encoder = _load(out / "ssl", SSLEncoder(SYSTEM.ssl))
     encoder.set_stats(**load_state(out / "ssl", "stats"))
@@ -48,8 +57,11 @@ def _save(folder: Path, state: Any, config: Any, scores: dict[str, float], s: Tr
 def acoustic(out: Path, steps: int) -> dict[str, float]:
     """Acoustic codec: spectrogram encoder, 12 codebooks, Vocos decoder; reconstruction losses only."""
     settings = TrainSettings(steps=steps, lr=1e-3, warmup=50, betas=(0.8, 0.99), clip=5.0)
+    start = _weights_so_far(out / "acoustic_codec")
     waves, held_out = data.waves_of("train"), data.waves_of("validation")
-    codec, scores = tok.train_acoustic(SYSTEM, waves, held_out, settings, log=out / "logs" / "acoustic.jsonl")
+    codec, scores = tok.train_acoustic(
+        SYSTEM, waves, held_out, settings, start=start, log=out / "logs" / "acoustic.jsonl"
+    )
     _save(out / "acoustic_codec", codec, SYSTEM.acoustic, scores, settings)
     return scores
 
@@ -57,9 +69,10 @@ def acoustic(out: Path, steps: int) -> dict[str, float]:
 def ssl(out: Path, steps: int) -> dict[str, float]:
     """SSL encoder: masked prediction (BEST-RQ) and phone CTC."""
     settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
+    start = _weights_so_far(out / "ssl")
     features, held_out = data.filterbanks_of("train"), data.filterbanks_of("validation")
     log, vocab = out / "logs" / "ssl.jsonl", PhoneTokenizer().size
-    encoder, scores = tok.train_ssl(SYSTEM, features, held_out, settings, phone_vocab=vocab, log=log)
+    encoder, scores = tok.train_ssl(SYSTEM, features, held_out, settings, phone_vocab=vocab, start=start, log=log)
     notes = "masked prediction (BEST-RQ) plus phone CTC"
     _save(out / "ssl", encoder, SYSTEM.ssl, scores, settings, notes=notes)
     save_part(out / "ssl", encoder.stats_state(), SYSTEM.ssl, name="stats")
@@ -159,11 +172,44 @@ PIECES: dict[str, Callable[[Path, int], dict[str, float]]] = {
     piece.__name__: piece for piece in (acoustic, ssl, semantic, stage1, stage2_layer1, stage2_full, se, tts)
 }
 """In the order in which they depend on each other."""
+FOLDERS = {"acoustic": "acoustic_codec", "semantic": "semantic_codec", "se": "tasks/se", "tts": "tasks/tts"}
 
 
-def run(piece: str, steps: int, out: Path | None = None) -> dict[str, float]:
-    """Train one piece of the nano recipe into the system folder ``out`` (``$METIS_HOME/runs/nano``)."""
+RECIPE = Path(__file__).parents[2] / "recipes" / "nano" / "pieces.json"
+
+
+def run(piece: str, steps: int | None = None, out: Path | None = None) -> dict[str, float]:
+    """Train one piece of the nano recipe into the system folder ``out`` (``$METIS_HOME/runs/nano``).
+
+    ``steps`` is the recipe's own number where not given.
+
+    Raises:
+        MetisError: no such piece, the corpus is not prepared, or an earlier piece is missing.
+    """
+    if piece not in PIECES:
+        raise MetisError(f"unknown piece {piece!r}; choose one of {', '.join(PIECES)}")
+    if steps is None:
+        steps = next(entry["steps"] for entry in json.loads(RECIPE.read_text()) if entry["piece"] == piece)
+    if steps < 1:
+        raise MetisError(f"steps must be at least 1, not {steps}")
     return PIECES[piece](out or metis_home() / "runs" / "nano", steps)
+
+
+def publish(out: Path | None = None, to: Path = SHIPPED / "nano") -> None:
+    """Copy a trained system without its logs to where it ships, and its scores into the recipe."""
+    out = out or metis_home() / "runs" / "nano"
+    entries = []
+    for piece in PIECES:
+        folder = FOLDERS.get(piece, piece)
+        target = to / folder
+        target.mkdir(parents=True, exist_ok=True)
+        for path in sorted((out / folder).glob("*.*")):
+            shutil.copy(path, target / (path.name + ".part"))
+            os.replace(target / (path.name + ".part"), target / path.name)
+        card = json.loads((target / "config.json").read_text())["card"]
+        entries.append({"piece": piece, "steps": card["scores"]["steps"], "score": card["scores"]})
+    RECIPE.parent.mkdir(parents=True, exist_ok=True)
+    RECIPE.write_text(json.dumps(entries, indent=1) + "\n")
 
 
 if __name__ == "__main__":

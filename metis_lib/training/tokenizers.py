@@ -18,7 +18,7 @@ from metis_lib.tokenizers.semantic import SemanticCodec
 from metis_lib.tokenizers.ssl import SSLEncoder
 from metis_lib.training.data import padded
 from metis_lib.training.loop import TrainSettings, train
-from metis_lib.training.losses import multi_scale_log_mel_loss
+from metis_lib.training.losses import multi_scale_mel_losses
 
 
 def train_acoustic(
@@ -29,15 +29,19 @@ def train_acoustic(
     *,
     batch: int = 16,
     seconds: float = 0.6,
+    start: dict[str, Tensor] | None = None,
     log: Path | None = None,
 ) -> tuple[AcousticCodec, dict[str, float]]:
-    """Acoustic codec by reconstruction alone: 10 x multi-scale log-mel, codebook and commitment losses.
+    """Acoustic codec by reconstruction alone: 10 x log-mel, 5 x spectral convergence, codebook and commitment.
 
-    Random crops of ``seconds``; codes that nobody used for 10 steps are replaced every 10 steps.
+    Random crops of ``seconds``; codes that nobody used for 10 steps are replaced every 10 steps.  ``start`` are
+    weights to go on from.
     """
     torch.manual_seed(settings.seed)
     config = system.acoustic
     codec = AcousticCodec(config)
+    if start is not None:
+        codec.load_state_dict(start)
     codec.track_usage()
     rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)
     samples = round(seconds * config.sample_rate / config.hop_size) * config.hop_size
@@ -48,17 +52,19 @@ def train_acoustic(
 
     def loss_of(wav: Tensor) -> dict[str, Tensor]:
         out = codec(wav, generator)
-        mel = multi_scale_log_mel_loss(out["recon"], wav, config.sample_rate)
-        loss = 10 * mel + out["commit_loss"] + out["codebook_loss"]
-        return {"loss": loss, "mel": mel, "commit": out["commit_loss"]}
+        mel, convergence = multi_scale_mel_losses(out["recon"], wav, config.sample_rate)
+        loss = 10 * mel + 5 * convergence + out["commit_loss"] + out["codebook_loss"]
+        return {"loss": loss, "mel": mel, "convergence": convergence, "commit": out["commit_loss"]}
 
     check = random_crops(held_out, 32, 4 * samples, np.random.default_rng(1))
 
     def validate() -> dict[str, float]:
         out = codec(check)
         used = [len(torch.unique(out["codes"][..., q])) for q in range(config.num_quantizers)]
+        mel, convergence = multi_scale_mel_losses(out["recon"], check, config.sample_rate)
         return {
-            "mel": float(multi_scale_log_mel_loss(out["recon"], check, config.sample_rate)),
+            "mel": float(mel),
+            "convergence": float(convergence),
             "codes_used": float(np.mean(used)) / config.codebook_size,
         }
 
@@ -113,15 +119,19 @@ def train_ssl(
     budget: int = 3000,
     longest: int = 300,
     ctc_weight: float = 1.0,
+    start: dict[str, Tensor] | None = None,
     log: Path | None = None,
 ) -> tuple[SSLEncoder, dict[str, float]]:
     """SSL encoder by masked prediction plus phone CTC where a row has phones.
 
     ``features`` holds stacked filterbank frames ``[T, 160]`` (float16) with ``phones`` in its records.
     Items longer than ``longest`` frames are left out of CTC batches and cropped for masked prediction.
+    ``start`` are weights of an encoder to go on from (the heads begin anew).
     """
     torch.manual_seed(settings.seed)
     encoder = SSLEncoder(system.ssl)
+    if start is not None:
+        encoder.load_state_dict(start)
     heads = MaskedPrediction(system.ssl, phone_vocab)
     both = nn.ModuleDict({"encoder": encoder, "heads": heads})
     rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)

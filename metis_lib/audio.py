@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metis_lib.errors import MetisError
 
-_FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
+FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 
 
 @dataclass
@@ -175,9 +175,9 @@ def write(path: str | Path, wav: Tensor | np.ndarray, sample_rate: int) -> None:
         MetisError: unknown suffix, a folder that cannot be written, wrong shape or NaN samples.
     """
     path = Path(path).expanduser()
-    if path.suffix.lower() not in _FORMATS:
-        raise MetisError(f"cannot write {path.name!r}: the name must end in {', '.join(_FORMATS)}")
-    kind, subtype = _FORMATS[path.suffix.lower()]
+    if path.suffix.lower() not in FORMATS:
+        raise MetisError(f"cannot write {path.name!r}: the name must end in {', '.join(FORMATS)}")
+    kind, subtype = FORMATS[path.suffix.lower()]
     data = _samples(wav)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

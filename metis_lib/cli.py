@@ -396,11 +396,11 @@ def _short(value: Any) -> str:
 
 def _check_output(path: Path, sources: Sequence[Path]) -> None:
     """Refuse what cannot be written before any work is done."""
-    from metis_lib.audio import _FORMATS
+    from metis_lib.audio import FORMATS
 
     path = path.expanduser()
-    if path.suffix.lower() not in _FORMATS:
-        raise MetisError(f"cannot write {path.name!r}: the name must end in {', '.join(_FORMATS)}")
+    if path.suffix.lower() not in FORMATS:
+        raise MetisError(f"cannot write {path.name!r}: the name must end in {', '.join(FORMATS)}")
     folder = next(place for place in path.absolute().parents if place.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
         raise MetisError(f"cannot write {path}: {path if path.is_dir() else folder} is not a folder to write into")

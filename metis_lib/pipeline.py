@@ -54,9 +54,10 @@ def pick_device(device: str) -> torch.device:
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        torch.zeros(1, device=device).item()
         return torch.device(device)
-    except RuntimeError as error:
-        raise MetisError(f"unknown device {device!r}; use auto, cpu, cuda, cuda:1 or mps") from error
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MetisError(f"no device {device!r} on this machine; use auto, cpu, cuda, cuda:1 or mps") from error
 
 
 class Metis:

@@ -91,7 +91,9 @@ def test_tokens_of_a_recording(nano, voice):
         (lambda m: m.speak("Hello.", prompt=hum(1), prompt_text="Hello.", seconds=100), "seconds"),
         (lambda m: m.task_model("singing"), "singing"),
         (lambda m: Metis.from_pretrained("nanoo"), "unknown model"),
-        (lambda m: Metis.from_pretrained("debug", device="abacus"), "device"),
+        (lambda m: Metis.from_pretrained("debug", device="abacus"), "no device"),
+        (lambda m: Metis.from_pretrained("debug", device="meta"), "no device"),
+        (lambda m: Metis.from_pretrained("debug", device="cuda:99"), "no device"),
     ],
 )
 def test_bad_input_is_one_clear_line(debug, call, message):

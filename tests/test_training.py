@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from metis_lib import audio
 from metis_lib.checkpoints import TaskConfig
 from metis_lib.config import preset
-from metis_lib.data.store import FlatStore, frame_batches, random_crops, wave
+from metis_lib.data.store import FlatStore, Row, frame_batches, random_crops, store_waves, wave
 from metis_lib.errors import MetisError
 from metis_lib.models import adapt
 from metis_lib.tasks import SE, TTS
@@ -67,6 +68,20 @@ def test_store_gives_back_what_was_written(tones, tmp_path):
     with pytest.raises(MetisError, match="nothing to store"):
         FlatStore.write(tmp_path / "empty", [])
     assert not (tmp_path / "empty").exists()
+
+
+def test_wave_store_takes_the_span_that_a_row_names(tmp_path):
+    ramp = torch.linspace(-0.5, 0.5, 24_000)
+    audio.write(tmp_path / "ramp.wav", ramp, 24_000)
+    common = dict(path="ramp.wav", text="", language="en", speaker="s", split="train", source="", licence="")
+    rows = [
+        Row(id="all", duration=1.0, human=False, root=tmp_path, **common),
+        Row(id="part", duration=0.5, human=False, root=tmp_path, start=0.25, end=0.75, **common),
+    ]
+    store = store_waves(rows, tmp_path / "waves")
+    assert store.length(0) == 24_000 and store.length(1) == 12_000
+    torch.testing.assert_close(wave(store, 1), ramp[6_000:18_000], atol=1e-4, rtol=0)
+    assert store_waves(rows, tmp_path / "waves").items == store.items
 
 
 def test_crops_come_from_the_store_and_repeat_by_seed(tones):

@@ -219,7 +219,9 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
             return store
 
     def decode(row: Row) -> np.ndarray:
-        return (audio.read(row.audio, AUDIO_RATE).numpy() * 32767).round().astype(np.int16)
+        wav = audio.read(row.audio, AUDIO_RATE).numpy()
+        start, end = (None if at is None else round(at * AUDIO_RATE) for at in (row.start, row.end))
+        return (wav[start:end] * 32767).round().astype(np.int16)
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         with ThreadPoolExecutor(2) as pool:

@@ -1,6 +1,7 @@
 """The embedded test set ``eval/testsets/human``: real voices only, none of them trained on.
 
-``build_human_testset`` makes it again from the packages, the same bytes every time.
+``build_human_testset`` makes it again from the packages (mixtures may differ by one least significant bit
+between machines).
 """
 
 from __future__ import annotations

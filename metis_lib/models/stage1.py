@@ -17,7 +17,7 @@ from metis_lib.models.transformer import MaskedTransformer, initialise_mlp
 
 
 class TextHint(nn.Module):
-    """Frame-level phones as an extra input: embedding, two convolutions, a residual gate (our addition).
+    """Frame-level phones as an extra input: embedding, two convolutions, a gate that starts at 0 (our addition).
 
     A prefix alone needs far more data to align than a small model ever sees; phones stretched evenly over the
     frames give a rough place for each sound, and the convolutions look at the neighbours.
@@ -28,13 +28,14 @@ class TextHint(nn.Module):
         self.embedding = nn.Embedding(vocab, width)
         self.first = nn.Conv1d(width, width, kernel, padding=kernel // 2)
         self.second = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.gate_scale = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.embedding.weight, std=0.5)
 
     def forward(self, phones: Tensor) -> Tensor:
         """Frame-level phone ids ``[B, T]`` to ``[B, T, H]``."""
         x = self.embedding(phones).transpose(1, 2)
         x = x + self.second(nn.functional.silu(self.first(x)))
-        return x.transpose(1, 2)
+        return x.transpose(1, 2) * self.gate_scale
 
 
 def stretch(phones: Tensor, frames: int) -> Tensor:

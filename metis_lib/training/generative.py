@@ -268,9 +268,9 @@ def train_stage2(
 
     def validate() -> dict[str, float]:
         fixed = torch.Generator().manual_seed(1)
-        losses = {q: np.mean([float(stage2_loss(model, b, q, fixed)["loss"]) for b in check[:3]]) for q in layers}
+        losses = {q: mean([float(stage2_loss(model, b, q, fixed)["loss"]) for b in check[:3]]) for q in layers}
         return {
-            "cross_entropy": float(np.mean(list(losses.values()))),
+            "cross_entropy": mean(losses.values()),
             f"layer_{layers[0] + 1}": losses[layers[0]],
         }
 

@@ -165,7 +165,7 @@ def se(out: Path, steps: int) -> dict[str, float]:
 def tts(out: Path, steps: int) -> dict[str, float]:
     """Zero-shot TTS: phones as prefix, the even text hint, LoRA of rank 16."""
     changes = {"phone_vocab": PhoneTokenizer().size, "text_hint": "even"}
-    return _fine_tune(out, steps, "tts", 16, changes, longest=400)
+    return _fine_tune(out, steps, "tts", 16, changes, longest=250)
 
 
 PIECES: dict[str, Callable[[Path, int], dict[str, float]]] = {

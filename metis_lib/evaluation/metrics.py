@@ -33,7 +33,7 @@ PROTOCOLS: dict[str, str] = {
     SIM: "cosine of SpeechBrain ECAPA-TDNN (VoxCeleb) embeddings of whole recordings, one at a time",
     DNSMOS: "DNSMOS P.835 (2022 model), polyfit, non-personalised, mean over 9.01 s windows, hop 1 s",
     PESQ: "P.862.2 wide band at 16 kHz against the clean recording, a delay of at most 50 ms removed "
-    "(cross-correlation); above 3 at a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
+    "(cross-correlation of waveforms, of envelopes where phases differ); above 3 at a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
     "punishes phase and timing of generated speech, so read it with care",
     STOI: "pystoi (not extended) against the clean recording, aligned as for PESQ; same caution",
 }
@@ -106,19 +106,36 @@ def word_errors(reference: str, heard: str) -> WordErrors:
     return WordErrors(counts.substitutions, counts.deletions, counts.insertions, len(truth.split()))
 
 
+def _delay(reference: Wave, signal: Wave, limit: int) -> tuple[int, float]:
+    """Samples by which ``signal`` is late, at most ``limit``, and the normalised correlation there."""
+    from scipy.signal import correlate
+
+    correlation = correlate(signal, reference, mode="full", method="fft")
+    zero = len(reference) - 1
+    delay = int(np.argmax(correlation[zero - limit : zero + limit + 1])) - limit
+    scale = float(np.linalg.norm(reference) * np.linalg.norm(signal))
+    return delay, float(correlation[zero + delay]) / max(scale, 1e-12)
+
+
+def _envelope(wav: Wave, rate: int) -> Wave:
+    """Log envelope of ``[S]`` over 20 ms, mean removed."""
+    window = np.hanning(rate // 50)
+    envelope = np.log(np.convolve(np.abs(wav), window / window.sum(), "same") + 1e-3)
+    return (envelope - envelope.mean()).astype(np.float32)
+
+
 def align(reference: Wave, signal: Wave, rate: int, max_ms: float = MAX_DELAY_MS) -> tuple[Wave, Wave, float]:
     """Remove a constant delay of ``signal`` ``[S']`` against ``reference`` ``[S]``; both cut to the shorter.
 
     The delay is the highest peak of the cross-correlation within ``max_ms``; returned in ms (positive: late).
+    Generated speech has phases of its own: where the waveforms correlate by less than 0.3 their peak says
+    nothing about time, and the log envelopes are correlated in their place.
     """
-    from scipy.signal import correlate
-
-    limit = int(round(rate * max_ms / 1000))
     size = min(len(reference), len(signal))
-    limit = min(limit, max(size - 1, 0))
-    correlation = correlate(signal, reference, mode="full", method="fft")
-    zero = len(reference) - 1
-    delay = int(np.argmax(correlation[zero - limit : zero + limit + 1])) - limit
+    limit = min(int(round(rate * max_ms / 1000)), max(size - 1, 0))
+    delay, likeness = _delay(reference, signal, limit)
+    if likeness < 0.3:
+        delay, _ = _delay(_envelope(reference[:size], rate), _envelope(signal[:size], rate), limit)
     late, early = (signal[delay:], reference) if delay >= 0 else (signal, reference[-delay:])
     size = min(len(late), len(early))
     return early[:size], late[:size], 1000.0 * delay / rate

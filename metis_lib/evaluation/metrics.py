@@ -33,7 +33,8 @@ PROTOCOLS: dict[str, str] = {
     SIM: "cosine of SpeechBrain ECAPA-TDNN (VoxCeleb) embeddings of whole recordings, one at a time",
     DNSMOS: "DNSMOS P.835 (2022 model), polyfit, non-personalised, mean over 9.01 s windows, hop 1 s",
     PESQ: "P.862.2 wide band at 16 kHz against the clean recording, a delay of at most 50 ms removed "
-    "(cross-correlation of waveforms, of envelopes where phases differ); above 3 at a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
+    "(cross-correlation of waveforms, of envelopes where phases differ); above 3 at "
+    "a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
     "punishes phase and timing of generated speech, so read it with care",
     STOI: "pystoi (not extended) against the clean recording, aligned as for PESQ; same caution",
 }

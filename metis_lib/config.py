@@ -87,7 +87,7 @@ class AcousticCodecConfig:
 
 @dataclass(frozen=True)
 class Stage1Config:
-    """Masked generative transformer over SSL tokens (Metis section 3.3).
+    """Masked generative transformer over SSL tokens (Metis sections 3.2 and 4.1).
 
     ``adapter`` is ``"none"``, ``"gated"`` (a zero-initialised gate: VC, TSE, SE, Omni) or ``"plain"`` (L2S).
     ``text_hint`` is ``"none"`` (as published) or ``"even"``: the phones are also stretched evenly over the

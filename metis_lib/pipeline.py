@@ -178,7 +178,7 @@ class Metis:
     def features(self, wav_24k: Tensor) -> Tensor:
         """Normalised SSL features ``[1, T, C]`` of 24 kHz samples ``[S]``."""
         wav = audio.resample(wav_24k, AUDIO_RATE, SSL_RATE)
-        feat, lengths = self.ssl.encode([wav.to(self.device)])
+        feat, lengths = self.ssl.encode([wav.cpu()])  # filterbanks are float64, which not every device has
         return feat[:, : int(lengths[0])]
 
     @torch.no_grad()

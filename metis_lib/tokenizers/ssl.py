@@ -1,6 +1,6 @@
 """SSL features: the hidden state of one w2v-BERT 2.0 layer, 50 frames a second, normalised per channel.
 
-Metis section 3.2 uses layer 17 of 24; only the layers up to that one are built and computed here.  The
+Metis appendix A uses layer 17 of 24; only the layers up to that one are built and computed here.  The
 filterbank is that of the released feature extractor (Kaldi style: 80 mel bands, 25 ms Povey window, 10 ms
 hop, normalised per utterance and band, two frames stacked).
 """

@@ -1,4 +1,4 @@
-"""Text to phones, the text tokens of zero-shot TTS (Metis section 3.3.2): espeak-ng and the released rules.
+"""Text to phones, the text tokens of zero-shot TTS (MaskGCT appendix A.6): espeak-ng and the released rules.
 
 The English front end of the released code: abbreviations and numbers written out, espeak-ng (voice en-us, no
 stress), some pairs merged into one phone, ``_`` between words, punctuation kept as phones.  Differences, all

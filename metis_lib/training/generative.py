@@ -152,7 +152,7 @@ def pretrain(
     budget: int = 4000,
     log: Path | None = None,
 ) -> tuple[Stage1, dict[str, float]]:
-    """Stage-1 pre-training on unlabelled SSL tokens (Metis section 3.3)."""
+    """Stage-1 pre-training on unlabelled SSL tokens (Metis sections 3.1 and 4.1)."""
     torch.manual_seed(settings.seed)
     model = Stage1(config)
     generator = torch.Generator().manual_seed(settings.seed)

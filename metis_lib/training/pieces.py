@@ -54,27 +54,36 @@ def _save(folder: Path, state: Any, config: Any, scores: dict[str, float], s: Tr
     save_part(folder, state, config, card(scores, s, data=DATA, licence=LICENCE, **facts))
 
 
+def _runs_so_far(folder: Path) -> dict[str, Any]:
+    """What a card says of the runs that a piece goes on from: their scores, oldest first."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    before = json.loads(path.read_text())["card"]
+    return {"earlier": [*before.get("earlier", []), before["scores"]]}
+
+
 def acoustic(out: Path, steps: int) -> dict[str, float]:
     """Acoustic codec: spectrogram encoder, 12 codebooks, Vocos decoder; reconstruction losses only."""
     settings = TrainSettings(steps=steps, lr=1e-3, warmup=50, betas=(0.8, 0.99), clip=5.0)
-    start = _weights_so_far(out / "acoustic_codec")
+    start, runs = _weights_so_far(out / "acoustic_codec"), _runs_so_far(out / "acoustic_codec")
     waves, held_out = data.waves_of("train"), data.waves_of("validation")
     codec, scores = tok.train_acoustic(
         SYSTEM, waves, held_out, settings, start=start, log=out / "logs" / "acoustic.jsonl"
     )
-    _save(out / "acoustic_codec", codec, SYSTEM.acoustic, scores, settings)
+    _save(out / "acoustic_codec", codec, SYSTEM.acoustic, scores, settings, **runs)
     return scores
 
 
 def ssl(out: Path, steps: int) -> dict[str, float]:
     """SSL encoder: masked prediction (BEST-RQ) and phone CTC."""
     settings = TrainSettings(steps=steps, lr=2e-3, warmup=200)
-    start = _weights_so_far(out / "ssl")
+    start, runs = _weights_so_far(out / "ssl"), _runs_so_far(out / "ssl")
     features, held_out = data.filterbanks_of("train"), data.filterbanks_of("validation")
     log, vocab = out / "logs" / "ssl.jsonl", PhoneTokenizer().size
     encoder, scores = tok.train_ssl(SYSTEM, features, held_out, settings, phone_vocab=vocab, start=start, log=log)
     notes = "masked prediction (BEST-RQ) plus phone CTC"
-    _save(out / "ssl", encoder, SYSTEM.ssl, scores, settings, notes=notes)
+    _save(out / "ssl", encoder, SYSTEM.ssl, scores, settings, notes=notes, **runs)
     save_part(out / "ssl", encoder.stats_state(), SYSTEM.ssl, name="stats")
     return scores
 
@@ -207,7 +216,8 @@ def publish(out: Path | None = None, to: Path = SHIPPED / "nano") -> None:
             shutil.copy(path, target / (path.name + ".part"))
             os.replace(target / (path.name + ".part"), target / path.name)
         card = json.loads((target / "config.json").read_text())["card"]
-        entries.append({"piece": piece, "steps": card["scores"]["steps"], "score": card["scores"]})
+        runs = [*card.get("earlier", []), card["scores"]]
+        entries.append({"piece": piece, "steps": sum(score["steps"] for score in runs), "runs": runs})
     RECIPE.parent.mkdir(parents=True, exist_ok=True)
     RECIPE.write_text(json.dumps(entries, indent=1) + "\n")
 

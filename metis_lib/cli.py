@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 
 JUDGES = ("whisper-base", "ecapa", "speechmos", "nsnet2")
-"""What ``metis prepare judges`` fetches: the judges of the evaluation, and the peer of speech enhancement."""
+"""The judges of the evaluation, and the peer of speech enhancement."""
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
@@ -147,23 +149,159 @@ class TTS(Generate):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepare(Command):
-    """Fetch judges, or build the corpus of nano; what is there already is checked and kept."""
+class Judges(Command):
+    """Fetch the judges of the evaluation; what is there already is checked and kept."""
 
-    name: Name
-    """judges, nano (the corpus; hours of work for the CPU) or the name of one asset."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = JUDGES
+    """Which assets; all judges if none is named."""
 
     def run(self) -> Answer:
         from metis_lib import assets
 
-        if self.name == "nano":
-            from metis_lib.data.corpora import prepare_nano
-
-            folder = prepare_nano(say=_say)
-            return Answer(f"nano corpus ready in {folder}", {"nano": str(folder)})
-        names = JUDGES if self.name == "judges" else (self.name,)
-        folders = {name: str(assets.fetch(name)) for name in names}
+        folders = {name: str(assets.fetch(name)) for name in self.names}
         return Answer("\n".join(f"{name}: {folder}" for name, folder in folders.items()), folders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nano(Command):
+    """Build the corpus of nano from packages, or go on where it was stopped; about 1.5 hours on two cores."""
+
+    report: bool = False
+    """Only say what the corpus holds (--json for programs)."""
+    hours: float = 20.0
+    """Synthetic speech to make, in hours."""
+    workers: int = 2
+    """Processes."""
+
+    def run(self) -> Answer:
+        from metis_lib import assets
+        from metis_lib.data.report import summarise
+        from metis_lib.data.store import read_manifest
+
+        folder = assets.metis_home() / "corpora" / "nano"
+        if not self.report:
+            _recipe("nano.corpus").prepare_nano(hours_synthetic=self.hours, workers=self.workers, say=_say)
+        found = {"folder": str(folder), **summarise(read_manifest(folder / "manifest.jsonl"))}
+        lines = [f"{folder}: {found['hours']} h ({found['human_hours']} h human), {found['voices']} voices"]
+        for name, part in found["splits"].items():
+            lines.append(
+                f"  {name:<11}{part['hours']:>7} h {part['utterances']:>6} utterances {part['voices']:>4} voices"
+            )
+        lines += [f"  {part['hours']:>7} h  {licence}" for licence, part in found["licences"].items()]
+        return Answer("\n".join(lines), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Testset(Command):
+    """Make a test set of synthetic voices from the corpus of nano."""
+
+    name: Annotated[Literal["unseen", "seen"], tyro.conf.Positional]
+    """unseen (voices and sentences never trained on) or seen (voices of the training, for TTS)."""
+
+    def run(self) -> Answer:
+        folder = _recipe("nano.testsets").build_synthetic(self.name)
+        return Answer(f"{self.name}: {folder}", {"testset": str(folder)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Command):
+    """Make the manifest of your own recordings; the bad ones are listed with a reason and left out."""
+
+    source: Place
+    """A folder of recordings, a CSV, TSV or JSONL list, or Lhotse manifests."""
+    out: Path
+    """Folder for manifest.jsonl, refused.jsonl and facts.jsonl."""
+    language: str = "en"
+    """Of recordings that state none."""
+    speaker: str | None = None
+    """Of all recordings; by default as the list says, or the name of a recording's folder."""
+    licence: str = "unknown"
+    """Of recordings that state none."""
+    splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    """Shares of training, validation and test."""
+    hold_out: Literal["auto", "speaker", "sentence"] = "auto"
+    """What is held out; auto: whole speakers where there are enough of them."""
+    keep: tuple[Literal["8-bit", "wrong text", "same sound"], ...] = ()
+    """Reasons that shall only warn."""
+    seed: int = 0
+    """Which are held out."""
+    workers: int = 2
+    """Threads."""
+
+    def run(self) -> Answer:
+        from metis_lib.data.importers import build_manifest
+
+        options = {key: value for key, value in vars(self).items() if key not in ("source", "out", "json")}
+        return _imported(build_manifest(self.source, self.out, say=_say, **options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicCorpus(Command):
+    """Prepare a local copy of a public corpus that Lhotse has no recipe for, or any folder of noise or rooms."""
+
+    name: Annotated[Literal["dns2020", "demand", "noise", "rirs", "lrs2", "lrs3", "lrw"], tyro.conf.Positional]
+    """Which one; noise and rirs are folders of recordings."""
+    root: Path
+    """Where it lies."""
+    out: Path
+    """Folder of the corpus."""
+
+    def run(self) -> Answer:
+        public = _recipe("public")
+        if self.name in public.LIPS:
+            return _imported(public.prepare_lips(self.name, self.root, self.out))
+        makers: dict[str, Any] = {
+            "dns2020": public.prepare_dns, "demand": public.prepare_demand, "noise": public.prepare_noise,
+            "rirs": public.prepare_rirs,
+        }  # fmt: skip
+        done = makers[self.name](self.root, self.out)
+        done = {key: _imported(part).document if key == "speech" else part for key, part in done.items()}
+        return Answer("\n".join(f"{key}: {_short(value)}" for key, value in done.items()), done)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusReport(Command):
+    """Measure a corpus: hours, voices, licences, levels, bandwidths, faults, as a page to read."""
+
+    manifest: Place
+    """Its manifest.jsonl."""
+    out: Path | None = None
+    """The page (.html); its numbers go beside it."""
+
+    def run(self) -> Answer:
+        from metis_lib.data.report import corpus_report
+
+        found = corpus_report(self.manifest, self.out, say=_say)
+        return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens(Command):
+    """Tokenise a corpus once, to WebDataset shards; goes on where it was stopped; torchrun shares the work."""
+
+    manifest: Place
+    """Its manifest.jsonl."""
+    out: Path
+    """Folder of the shards."""
+    system: str = "nano"
+    """nano, debug (random weights) or the folder of a system."""
+    split: str | None = None
+    """Only this split."""
+    features: bool = False
+    """Write the SSL features too."""
+    acoustic: bool = True
+    """Write the acoustic codes."""
+    shard_items: int = 256
+    """Utterances a shard."""
+    device: str = "auto"
+    """auto, cpu, cuda or mps."""
+
+    def run(self) -> Answer:
+        from metis_lib.data.shards import tokenise
+
+        options = {key: value for key, value in vars(self).items() if key not in ("manifest", "out", "json")}
+        done = tokenise(self.manifest, self.out, say=_say, **options)
+        return Answer("\n".join(f"{key}: {value}" for key, value in done.items()), done)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +378,7 @@ class Demo(Command):
 
     def run(self) -> Answer:
         began = time.perf_counter()
-        Prepare(name="judges").run()
+        Judges().run()
         text, document, _ = Evaluate(out=self.out).run()
         took = time.perf_counter() - began
         return Answer(f"{text}\n({took:.0f} s)", document | {"wall_s": round(took, 1)})
@@ -258,14 +396,14 @@ class Report(Command):
     """The test set of the run."""
 
     def run(self) -> Answer:
-        from metis_lib.evaluation import readme, record, report
+        from metis_lib.evaluation import record, report
         from metis_lib.evaluation.systems import testset_folder
 
         summary, run = record.read_json(self.out / "summary.json"), record.read_json(self.out / "run.json")
         if not summary or not run:
             raise MetisError(f"no finished run in {self.out} (summary.json or run.json); run: metis evaluate")
         if self.readme:
-            target = readme.fill(record.ROOT / "README.md", readme.results(summary, run))
+            target = report.fill_readme(record.ROOT / "README.md", report.readme_results(summary, run))
             return Answer(f"results written into {target}", {"readme": str(target)})
         manifest = record.sha256_file(testset_folder(self.testset) / "manifest.jsonl")
         if manifest != run["manifest_sha256"]:
@@ -357,6 +495,34 @@ class Lab(Command):
         return Answer("", {"code": code}, code)
 
 
+PREPARE: dict[str, type[Command]] = {
+    "judges": Judges, "nano": Nano, "testset": Testset, "manifest": Manifest, "corpus": PublicCorpus,
+    "report": CorpusReport, "tokens": Tokens,
+}  # fmt: skip
+
+
+def _recipe(module: str) -> Any:
+    """A module of ``recipes``, which stands beside the library in a clone."""
+    from metis_lib.evaluation.record import ROOT
+
+    if not (ROOT / "recipes" / f"{module.replace('.', '/')}.py").is_file():
+        raise MetisError("no folder recipes/ here; this needs a clone of the repository")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"recipes.{module}")
+
+
+def _imported(done: Any) -> Answer:
+    """What came of an import, as text and JSON types."""
+    reasons = Counter(line["reason"] for line in done.refused)
+    hours = round(sum(row.duration for row in done.rows) / 3600, 3)
+    lines = [f"{done.manifest}: {len(done.rows)} utterances, {hours} h", *done.notes]
+    if reasons:
+        lines.append(f"left out (see refused.jsonl): {', '.join(f'{n} {reason}' for reason, n in reasons.items())}")
+    document = {"manifest": str(done.manifest), "utterances": len(done.rows), "hours": hours, "notes": done.notes}
+    return Answer("\n".join(lines), document | {"refused": dict(reasons)})
+
+
 def _part(file: Path, base: Path) -> dict[str, Any]:
     """Size, hash, type and card of one weight file."""
     from safetensors import SafetensorError, safe_open
@@ -414,13 +580,15 @@ def _say(line: str) -> None:
 
 
 def _app() -> tyro.extras.SubcommandApp:
-    app, generate, checkpoint = (tyro.extras.SubcommandApp() for _ in range(3))
+    app, generate, checkpoint, prepare = (tyro.extras.SubcommandApp() for _ in range(4))
     generate.command(SE, name="se")
     generate.command(TTS, name="tts")
     checkpoint.command(Inspect, name="inspect")
     app.command(generate, name="generate", help="Make speech: se (enhance a recording), tts (say a text).")
     app.command(Demo, name="demo")
-    app.command(Prepare, name="prepare")
+    for name, command in PREPARE.items():
+        prepare.command(command, name=name)
+    app.command(prepare, name="prepare", help="Fetch judges; make corpora, test sets, manifests, reports and tokens.")
     app.command(Evaluate, name="evaluate")
     app.command(Report, name="report")
     app.command(Train, name="train")

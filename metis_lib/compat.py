@@ -12,7 +12,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
-import types
 from types import ModuleType
 
 from metis_lib.errors import MetisError
@@ -22,17 +21,15 @@ _EXTENSION = "torchaudio._extension"
 
 def _stub() -> ModuleType:
     """The four names that torchaudio reads from its extension module, without the native library."""
-    stub = types.ModuleType(_EXTENSION)
+    stub = ModuleType(_EXTENSION)
     stub.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, loader=None)
-    stub._IS_TORCHAUDIO_EXT_AVAILABLE = False  # type: ignore[attr-defined]
-    stub._IS_ALIGN_AVAILABLE = False  # type: ignore[attr-defined]
-    stub.fail_if_no_align = lambda function: function  # type: ignore[attr-defined]
-    stub._check_cuda_version = lambda: None  # type: ignore[attr-defined]
+    vars(stub).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False)
+    vars(stub).update(fail_if_no_align=lambda function: function, _check_cuda_version=lambda: None)
     return stub
 
 
 def _forget_torchaudio() -> None:
-    for name in [name for name in sys.modules if name == "torchaudio" or name.startswith("torchaudio.")]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
         del sys.modules[name]
 
 
@@ -42,9 +39,6 @@ def import_torchaudio() -> ModuleType:
     Raises:
         MetisError: torchaudio is not installed, or does not import even with the stub.
     """
-    loaded = sys.modules.get("torchaudio")
-    if loaded is not None and hasattr(loaded, "functional"):
-        return loaded
     if importlib.util.find_spec("torchaudio") is None:
         raise MetisError("torchaudio is not installed; install the extra 'eval' (pip install -e '.[eval]')")
     try:

@@ -1,7 +1,7 @@
 """Configurations: one frozen dataclass per model, saved as JSON beside every checkpoint.
 
 A system is seven parts.  ``preset(name)`` gives the whole set for ``debug`` (random weights,
-seconds on a CPU, for tests), ``nano`` (small, trained here, ships with the repository) and
+seconds on a CPU, for tests), ``nano`` (all weights below 10 MB in bf16; ships with the repository) and
 ``paper`` (published sizes; arXiv 2502.03128 section 4.1 and appendix A, arXiv 2409.00750 table 9).
 
 Axis letters used in the whole library: ``B`` batch, ``T`` frames at 50 Hz, ``Q`` codebooks,
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,71 +150,15 @@ class DecodeSettings:
     choice_temperature: float = 1.0
 
 
-def _nano() -> SystemConfig:
-    # Sized so that all shipped weights stay below 10 MB in bf16 (about 4.9 M parameters).
-    stage2: dict[str, Any] = dict(
-        hidden_size=96, num_layers=2, num_heads=3, codebook_size=128, semantic_codebook_size=512
-    )
-    return SystemConfig(
-        name="nano",
-        ssl=SSLConfig(hidden_size=96, num_layers=4, output_layer=4, num_heads=3, intermediate_size=288, conv_kernel=15),
-        semantic=SemanticCodecConfig(
-            hidden_size=96, codebook_size=512, vocos_dim=64, vocos_intermediate_dim=192, vocos_num_layers=2
-        ),
-        acoustic=AcousticCodecConfig(
-            encoder="mel",
-            encoder_dim=128,
-            encoder_intermediate_dim=256,
-            encoder_num_layers=2,
-            latent_dim=64,
-            codebook_size=128,
-            quantizer_dropout=0.0,
-            vocos_dim=160,
-            vocos_intermediate_dim=416,
-            vocos_num_layers=4,
-        ),
-        stage1=Stage1Config(hidden_size=96, num_layers=4, num_heads=3, codebook_size=512, cond_dim=96),
-        stage2_layer1=Stage2Config(num_quantizers=1, predict_layer_1=True, **stage2),
-        stage2_full=Stage2Config(num_quantizers=12, **stage2),
-    )
-
-
-def _debug() -> SystemConfig:
-    stage2: dict[str, Any] = dict(
-        hidden_size=32, num_layers=2, num_heads=2, codebook_size=32, semantic_codebook_size=48
-    )
-    return SystemConfig(
-        name="debug",
-        ssl=SSLConfig(hidden_size=32, num_layers=3, output_layer=2, num_heads=2, intermediate_size=64, conv_kernel=7),
-        semantic=SemanticCodecConfig(
-            hidden_size=32, codebook_size=48, vocos_dim=16, vocos_intermediate_dim=32, vocos_num_layers=1
-        ),
-        acoustic=AcousticCodecConfig(
-            encoder="mel",
-            encoder_dim=16,
-            encoder_intermediate_dim=32,
-            encoder_num_layers=1,
-            latent_dim=16,
-            num_quantizers=12,
-            codebook_size=32,
-            vocos_dim=16,
-            vocos_intermediate_dim=32,
-            vocos_num_layers=1,
-        ),
-        stage1=Stage1Config(hidden_size=32, num_layers=2, num_heads=2, codebook_size=48, cond_dim=32),
-        stage2_layer1=Stage2Config(num_quantizers=1, predict_layer_1=True, **stage2),
-        stage2_full=Stage2Config(num_quantizers=12, **stage2),
-    )
-
-
-PRESETS = {"debug": _debug, "nano": _nano, "paper": SystemConfig}
-
-
 def preset(name: str) -> SystemConfig:
-    """The configuration of a whole system by name: ``debug``, ``nano`` or ``paper``."""
-    if name not in PRESETS:
-        raise MetisError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    """The configuration of a whole system by name: ``debug``, ``nano`` or ``paper``.
+
+    What ``debug`` and ``nano`` change in the published sizes stands in ``presets.json``.
+    """
+    presets = {"paper": {}, **json.loads(Path(__file__).with_name("presets.json").read_text())}
+    if name not in presets:
+        raise MetisError(f"unknown preset {name!r}; choose one of {', '.join(presets)}")
+    return from_dict(SystemConfig, presets[name])
 
 
 C = TypeVar("C")
@@ -242,23 +185,3 @@ def from_dict(cls: type[C], values: dict[str, Any]) -> C:
             value = tuple(value)
         arguments[key] = value
     return cls(**arguments)
-
-
-def save_config(path: str | Path, config: Any) -> None:
-    """Write a configuration as JSON (written beside and renamed)."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(to_dict(config), indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def load_config(path: str | Path, cls: type[C]) -> C:
-    """Read a configuration of type ``cls`` written by :func:`save_config`."""
-    path = Path(path)
-    if not path.is_file():
-        raise MetisError(f"no configuration at {path}")
-    try:
-        values = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise MetisError(f"{path} is not valid JSON ({error})") from error
-    return from_dict(cls, values)

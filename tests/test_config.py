@@ -1,5 +1,6 @@
 """Configurations, and the published sizes: tensor and parameter counts of the released files."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,7 @@ from metis_lib.config import (
     Stage1Config,
     SystemConfig,
     from_dict,
-    load_config,
     preset,
-    save_config,
     to_dict,
 )
 from metis_lib.errors import MetisError
@@ -65,10 +64,9 @@ def test_codecs_have_the_released_size():
 
 
 @pytest.mark.parametrize("name", ["debug", "nano", "paper"])
-def test_presets_survive_json(name, tmp_path):
+def test_presets_survive_json(name):
     system = preset(name)
-    save_config(tmp_path / "system.json", system)
-    assert load_config(tmp_path / "system.json", SystemConfig) == system
+    assert system.name == name and from_dict(SystemConfig, json.loads(json.dumps(to_dict(system)))) == system
     assert system.acoustic.num_quantizers == system.stage2_full.num_quantizers == 12
     assert system.stage1.codebook_size == system.semantic.codebook_size
     assert system.semantic.hidden_size == system.ssl.hidden_size == system.stage1.cond_dim
@@ -80,13 +78,8 @@ def test_tuples_and_fractions_come_back_exactly():
     assert from_dict(DecodeSettings, to_dict(DecodeSettings())).top_fraction == 1 - 0.98
 
 
-def test_mistakes_are_named(tmp_path):
+def test_mistakes_are_named():
     with pytest.raises(MetisError, match="hiden"):
         from_dict(Stage1Config, {"hiden": 3})
     with pytest.raises(MetisError, match="unknown preset"):
         preset("micro")
-    with pytest.raises(MetisError, match="no configuration"):
-        load_config(tmp_path / "none.json", Stage1Config)
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(MetisError, match="not valid JSON"):
-        load_config(tmp_path / "bad.json", Stage1Config)

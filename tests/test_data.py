@@ -11,9 +11,10 @@ import pytest
 import soundfile
 
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data import corpora, simulate, store, synthesis, testset
+from metis_lib.data import simulate, store
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
 from metis_lib.errors import MetisError
+from recipes.nano import asr, corpus, human, synthesis, testsets
 
 HUMAN = Path(__file__).parents[1] / "eval" / "testsets" / "human"
 GOOD = {
@@ -105,29 +106,29 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_dialogue_lines_become_sentences() -> None:
     text = "#(HELLO)\tx-000.ogg\nYou WILL wait\nfor *us*.\nNo!\nGo now, Captain.\n\n#(ask)\nWho are you?\n"
     times = "#(HELLO) 3000,1500,800\n#(ask) \n"
-    ((file, lines, shown),) = corpora.parse_dialogue(text, times)
+    ((file, lines, shown),) = human.parse_dialogue(text, times)
     assert (file, shown) == ("x-000.ogg", [3000, 1500, 800])
-    spans = corpora.sentence_spans(lines, shown, 9.0)
+    spans = human.sentence_spans(lines, shown, 9.0)
     assert spans == [(0.0, 4.5, ["You WILL wait", "for *us*."]), (4.5, 9.0, ["No!", "Go now, Captain."])]
-    assert corpora.spoken_text(spans[0][2]) == "You will wait for us."
-    long = corpora.sentence_spans(["one", "two", "three."], [8000, 8000], 24.0)
+    assert human.spoken_text(spans[0][2]) == "You will wait for us."
+    long = human.sentence_spans(["one", "two", "three."], [8000, 8000], 24.0)
     assert [s[2] for s in long] == [["one"], ["two"], ["three."]], "no span beyond the limit"
 
 
 @pytest.mark.parametrize("text", ["Come to 400.2 now", "(later) we go", "Hello, <name>!", "No"])
 def test_uncertain_text_is_left_out(text: str) -> None:
-    assert corpora.spoken_text([text]) is None
+    assert human.spoken_text([text]) is None
 
 
 def test_dialogue_without_matching_timings_is_left_out() -> None:
-    assert not list(corpora.parse_dialogue("#(A)\tx.ogg\none\ntwo\n", "#(A) 10,20\n"))
+    assert not list(human.parse_dialogue("#(A)\tx.ogg\none\ntwo\n", "#(A) 10,20\n"))
 
 
 def test_boundary_moves_to_the_pause() -> None:
     db = np.full(300, -20.0)
     db[140:150] = -60
-    assert 1.40 <= corpora.quiet_point(db, 1.3) <= 1.50
-    assert abs(corpora.quiet_point(db, 2.5) - 2.5) < 0.02, "nothing near: stays"
+    assert 1.40 <= human.quiet_point(db, 1.3) <= 1.50
+    assert abs(human.quiet_point(db, 2.5) - 2.5) < 0.02, "nothing near: stays"
 
 
 def test_resource_bundle_is_read() -> None:
@@ -141,7 +142,7 @@ def test_resource_bundle_is_read() -> None:
         blob += name + value
     root = struct.pack("<III", 0, 1, 0) + table
     data = b"GVariant" + struct.pack("<IIII", 0, 0, 24, 24 + len(root)) + root + blob
-    assert list(corpora.read_gresource(data)) == [("rain.ogg", b"first file"), ("wind.ogg", b"second")]
+    assert list(corpus.read_gresource(data)) == [("rain.ogg", b"first file"), ("wind.ogg", b"second")]
 
 
 def test_level_and_trim() -> None:
@@ -157,8 +158,8 @@ def test_level_and_trim() -> None:
 
 
 def test_room_has_its_direct_path_where_it_says() -> None:
-    rir, direct, rt60 = corpora.simulate_room(3)
-    again, *_ = corpora.simulate_room(3)
+    rir, direct, rt60 = corpus.simulate_room(3)
+    again, *_ = corpus.simulate_room(3)
     assert np.array_equal(rir, again) and 0.2 <= rt60 <= 0.9
     assert rir[direct] == pytest.approx(1) and np.abs(rir[: direct - 45]).max() < 0.05
     tail = simulate.power(rir[direct + int(rt60 * AUDIO_RATE) // 2 :])
@@ -170,7 +171,10 @@ def test_room_has_its_direct_path_where_it_says() -> None:
 
 def _pool(count: int) -> list[str]:
     words = ["river", "stone", "garden", "window", "letter", "winter", "paper", "morning", "silver", "candle"]
-    return [f"The {words[i % 10]} and a {words[i // 10 % 10]} met the {words[i // 100 % 10]}." for i in range(count)]
+    return [
+        f"The {words[i % 10]} and a {words[i // 10 % 10]} met the {words[i // 100 % 10]} of {words[i // 1000 % 10]}."
+        for i in range(count)
+    ]
 
 
 def test_sentences_are_plain() -> None:
@@ -182,21 +186,79 @@ def test_sentences_are_plain() -> None:
     assert synthesis.sentences([text]) == ["A bird in the hand is worth two.", "She stayed at home, alone."]
 
 
+def test_examples_of_a_dictionary_become_sentences(tmp_path: Path) -> None:
+    line = (
+        '003 00 v x | to speak; "he sat out the game"; "Who are you?"; "at 5 o\'clock"; "no"; "met secretly, they did"'
+    )
+    (tmp_path / "data.verb").write_text(line + "\n")
+    assert synthesis.examples([tmp_path / "data.verb"]) == ["He sat out the game.", "Met secretly, they did."]
+
+
 def test_plan_holds_out_voices_and_sentences() -> None:
-    jobs = synthesis.plan(_pool(1000), 0.3, 0)
-    assert jobs == synthesis.plan(_pool(1000), 0.3, 0) != synthesis.plan(_pool(1000), 0.3, 1)
+    jobs = synthesis.plan(_pool(9000), 0.3, 0)
+    assert jobs == synthesis.plan(_pool(9000), 0.3, 0) != synthesis.plan(_pool(9000), 0.3, 1)
     said: dict[str, set[str]] = {}
     voices: dict[str, set[str]] = {}
     for job in jobs:
         said.setdefault(job["split"], set()).add(job["text"])
-        voices.setdefault(job["split"], set()).add(job["voice"])
-    assert set(said) == {"train", "validation", "test"}
+        voices.setdefault(job["split"], set()).add(f"{job['engine']}-{job['voice']}")
+    assert set(said) == {"train", "validation", "test", "seen"}
     for held in ("validation", "test"):
         assert not said["train"] & said[held] and not voices["train"] & voices[held]
-    assert not said["validation"] & said["test"] and len(voices["test"]) == 12
+    assert not said["validation"] & said["test"] and len(voices["test"]) == 22
+    assert voices["seen"] <= {f"{e}-{v}" for e in synthesis.SHARES for v in synthesis.voices(e, "train")}
+    assert not said["seen"] & (said["train"] | said["test"])
     assert len({job["id"] for job in jobs}) == len(jobs)
-    estimate = sum(0.8 * (len(j["text"]) / 14 + 0.3) for j in jobs if j["split"] == "train") / 3600
-    assert estimate == pytest.approx(0.3, rel=0.05)
+    length = [0.8 * (len(j["text"]) / 14 + 0.3) / j["rate"] for j in jobs if j["split"] == "train"]
+    assert sum(length) / 3600 == pytest.approx(0.3, rel=0.05)
+
+
+def test_no_blend_uses_a_held_out_voice() -> None:
+    assert not set(synthesis.KOKORO_BASE) & set(synthesis.KOKORO_TEST)
+    assert len({*synthesis.KOKORO_BASE, *synthesis.KOKORO_TEST}) == 28
+
+
+def test_corpus_leaves_out_what_was_heard_otherwise_and_shared_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(id: str, text: str, split: str, human: bool = True) -> dict:
+        return GOOD | {"id": id, "text": text, "split": split, "human": human}
+
+    monkeypatch.setattr(asr, "read_verdicts", lambda: {asr.key("bad", "So it is."): 0.8, asr.key("ok", "It is."): 0.4})
+    rows = [
+        line("bad", "So it is.", "train"), line("ok", "It is.", "train"), line("a", "Who are you?", "train"),
+        line("b", "who are YOU", "test"), line("c", "Who, are you!", "validation"), line("none", "", "train"),
+        line("d", "So it is.", "train", human=False),
+    ]  # fmt: skip
+    assert [r["id"] for r in corpus.usable(rows)] == ["ok", "b", "none", "d"]
+
+
+def test_errors_are_given_back_to_the_utterances_they_fall_on() -> None:
+    said = [["how", "are", "you"], ["i", "am", "fine"]]
+    assert asr.share_errors(said, "how are you i am fine") == [0, 0]
+    assert asr.share_errors(said, "how were you i am very fine") == [1, 1]
+    assert asr.share_errors(said, "i am fine thanks") == [3, 1]
+    assert asr.share_errors(said, "") == [3, 3]
+
+
+def test_verdicts_are_listed_for_the_human_speech() -> None:
+    verdicts = asr.read_verdicts()
+    assert len(verdicts) > 5000 and all(0 <= rate < 100 for rate in verdicts.values())
+    assert 0.5 < sum(rate <= asr.BAD for rate in verdicts.values()) / len(verdicts) < 1
+
+
+def test_windows_hold_one_speaker_and_half_a_minute() -> None:
+    rows = [store.parse_row(GOOD | {"id": str(i), "speaker": "ab"[i > 6], "duration": 9.0}, root=Path(), where="")
+            for i in range(9)]  # fmt: skip
+    assert [[r.id for r in w] for w in asr.windows(rows)] == [["0", "1"], ["2", "3"], ["4", "5"], ["6"], ["7", "8"]]
+
+
+def test_speech_of_the_game_is_found_by_its_table() -> None:
+    files = [(b"020001P2.SB", b"first"), (b"030C01J1.SB", b"second"), (b"MUSIC.RL", b"other")]
+    at, table = 15 + 21 * len(files), b"QTBLCEM10" + b"\0" * 3 + b"\1" + struct.pack(">H", len(files))
+    for name, body in files:
+        table += struct.pack(">12sBII", name, 1, at, len(body))
+        at += len(body)
+    clips = list(human.queen_clips(table + b"".join(body for _, body in files)))
+    assert clips == [("020001p2", b"first"), ("030c01j1", b"second")]
 
 
 def test_plan_says_when_sentences_run_out() -> None:
@@ -351,12 +413,12 @@ def test_testset_files_are_all_there_and_all_used() -> None:
 def test_testset_speakers_are_never_trained_on() -> None:
     for row in (r for task in ("codec", "se", "tts") for r in rows_of(task)):
         source, _, name = row["speaker"].partition("-")
-        assert source in ("librivox", "cmu") or (source == "uqm" and name in corpora.UQM_TEST)
+        assert source in ("librivox", "cmu") or (source == "uqm" and name in human.UQM_TEST)
         if row["task"] == "se":
             noise = (row["done"]["noise"] or "").partition(":")
-            assert noise[0] != "ambient" or noise[2] in corpora.NOISE_TEST
-    assert not set(corpora.UQM_TEST) & (set(corpora.UQM_VALIDATION) | set(corpora.UQM_DROPPED))
-    assert len(testset.CLEAN) == len(testset.DEGRADED) == len(testset.SPOKEN) == 12
+            assert noise[0] != "ambient" or noise[2] in corpus.NOISE_TEST
+    assert not set(human.UQM_TEST) & (set(human.UQM_VALIDATION) | set(human.UQM_DROPPED))
+    assert len(testsets.CLEAN) == len(testsets.DEGRADED) == len(testsets.SPOKEN) == 12
 
 
 def test_noisy_items_are_aligned_and_as_noisy_as_stated() -> None:
@@ -376,7 +438,7 @@ def test_noisy_items_are_aligned_and_as_noisy_as_stated() -> None:
 
 
 def test_prompts_are_other_sentences_of_the_same_speaker() -> None:
-    owner = {id: values[1] for id, values in testset.SPHINX.items()}
+    owner = {id: values[1] for id, values in testsets.SPHINX.items()}
     for row in rows_of("tts"):
         prompt = row["prompt"].removesuffix(".flac")
         speaker = owner.get(prompt, "-".join(prompt.split("-")[:2]))

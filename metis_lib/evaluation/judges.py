@@ -1,6 +1,7 @@
-"""Judges: the models that listen.  Each loads once, at its first clip, and lets go by :meth:`release`.
+"""Other people's models, run as they are: the judges that listen, and NSNet2, a peer to compare with.
 
-Weights come through :func:`metis_lib.assets.fetch` (hash-checked).  Clips are float32 ``[S]`` at 16 kHz.
+Each loads at its first clip; weights come through :func:`metis_lib.assets.fetch` (hash-checked).  Clips are
+float32 ``[S]`` at 16 kHz.
 """
 
 from __future__ import annotations
@@ -8,75 +9,52 @@ from __future__ import annotations
 import functools
 import gc
 import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from metis_lib import assets
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import metrics
 from metis_lib.evaluation.metrics import JUDGE_RATE, MetricFailure, Wave
 
 
-def asset_file(name: str, filename: str) -> Path:
-    """The file ``filename`` of the fetched asset ``name`` (which is that file or a folder that holds it)."""
-    from metis_lib import assets
-
-    place = assets.fetch(name)
-    if place.is_file():
-        return place
-    found = sorted(place.rglob(filename), key=lambda path: (len(path.parts), str(path)))
-    if not found:
-        raise MetisError(f"the asset {name!r} holds no {filename}; delete it and run: metis prepare")
-    return found[0]
-
-
-def onnx_session(path: Path) -> Any:
-    """An onnxruntime session on the CPU with as many threads as this process may use."""
+def _onnx(asset: str, filename: str) -> Any:
+    """An onnxruntime session of an asset's file, on the CPU with as many threads as this process may use."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # kind to a busy machine
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(assets.fetch(asset) / filename, options, providers=["CPUExecutionProvider"])
 
 
 class Judge:
-    """Base of the judges: ``protocol`` names what they measure, ``judge(wav)`` returns JSON types."""
+    """Base of the judges: ``judge(wav_16k)`` returns its verdict on one clip ``[S]`` as JSON types.
 
-    protocol: str
+    Raises:
+        MetricFailure: the audio is unusable, or the judge's weights cannot be had (asked for only once).
+    """
+
     model: Any
-    _unavailable: str | None = None
+    _unavailable = ""
 
-    def judge(self, wav_16k: Wave) -> Any:
-        """The verdict on one clip ``[S]``; raises :class:`MetricFailure` with a reason."""
-        raise NotImplementedError
-
-    def judge_batch(self, wavs_16k: Sequence[Wave]) -> list[Any]:
-        """The verdicts on several clips; a failure is returned in its place as a :class:`MetricFailure`."""
-        verdicts: list[Any] = []
-        for wav in wavs_16k:
-            try:
-                if not len(wav) or not np.isfinite(wav).all():
-                    raise MetricFailure("the audio is empty or not finite")
-                self._ready()
-                verdicts.append(self.judge(wav))
-            except MetricFailure as failure:
-                verdicts.append(failure)
-        return verdicts
-
-    def _ready(self) -> None:
-        """Load once; a judge whose weights cannot be had says so for every clip without asking again."""
-        if self._unavailable is None:
+    def __call__(self, wav_16k: Wave) -> Any:
+        if not len(wav_16k) or not np.isfinite(wav_16k).all():
+            raise MetricFailure("the audio is empty or not finite")
+        if not self._unavailable:
             try:
                 _ = self.model
             except MetisError as error:
-                self._unavailable = str(error)
-        if self._unavailable is not None:
-            raise MetricFailure(f"the judge is not available: {self._unavailable}")
+                self._unavailable = f"the judge is not available: {error}"
+        if self._unavailable:
+            raise MetricFailure(self._unavailable)
+        return self.judge(wav_16k)
+
+    def judge(self, wav_16k: Wave) -> Any:
+        """The verdict on a clip that is not empty, by the loaded model."""
+        raise NotImplementedError
 
     def release(self) -> None:
         """Drop the model, so that the next judge has the memory."""
@@ -87,14 +65,12 @@ class Judge:
 class WhisperJudge(Judge):
     """Whisper base, int8, by faster-whisper: what was said, as text."""
 
-    protocol = metrics.WER
-
     @functools.cached_property
     def model(self) -> Any:
         from faster_whisper import WhisperModel
 
-        folder = asset_file("whisper-base", "model.bin").parent
-        return WhisperModel(str(folder), device="cpu", compute_type="int8", cpu_threads=0, local_files_only=True)
+        folder = str(assets.fetch("whisper-base"))
+        return WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=0, local_files_only=True)
 
     def judge(self, wav_16k: Wave) -> str:
         segments, _ = self.model.transcribe(
@@ -115,8 +91,6 @@ class SpeakerJudge(Judge):
     One clip at a time: padding in a batch moves an embedding (cosine 0.999 to its own) and is slower.
     """
 
-    protocol = metrics.SIM
-
     @functools.cached_property
     def model(self) -> Any:
         import torch
@@ -128,16 +102,9 @@ class SpeakerJudge(Judge):
         from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
         from speechbrain.processing.features import InputNormalization
 
-        network = ECAPA_TDNN(
-            80,
-            channels=[1024, 1024, 1024, 1024, 3072],
-            kernel_sizes=[5, 3, 3, 3, 1],
-            dilations=[1, 2, 3, 4, 1],
-            attention_channels=128,
-            lin_neurons=192,
-        )
-        path = asset_file("ecapa", "embedding_model.ckpt")
-        network.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+        network = ECAPA_TDNN(80, channels=[1024, 1024, 1024, 1024, 3072])
+        weights = torch.load(assets.fetch("ecapa") / "embedding_model.ckpt", weights_only=True, map_location="cpu")
+        network.load_state_dict(weights)
         return Fbank(n_mels=80), InputNormalization(norm_type="sentence", std_norm=False), network.eval()
 
     def judge(self, wav_16k: Wave) -> list[float]:
@@ -156,7 +123,6 @@ class SpeakerJudge(Judge):
 class DnsmosJudge(Judge):
     """DNSMOS P.835, 2022 model, polyfit, not personalised, mean over windows (DNS-Challenge's recipe)."""
 
-    protocol = metrics.DNSMOS
     WINDOW = 144_160
     POLYNOMIALS = {
         "dnsmos_sig": (-0.08397278, 1.22083953, 0.0052439),
@@ -166,7 +132,7 @@ class DnsmosJudge(Judge):
 
     @functools.cached_property
     def model(self) -> Any:
-        return onnx_session(asset_file("speechmos", "sig_bak_ovr.onnx"))
+        return _onnx("speechmos", "sig_bak_ovr.onnx")
 
     @classmethod
     def windows(cls, wav_16k: Wave) -> NDArray[np.float32]:
@@ -174,8 +140,7 @@ class DnsmosJudge(Judge):
         while len(wav_16k) < cls.WINDOW:
             wav_16k = np.concatenate([wav_16k, wav_16k])
         count = int(len(wav_16k) // JUDGE_RATE - cls.WINDOW / JUDGE_RATE) + 1
-        starts = [index * JUDGE_RATE for index in range(count)]
-        return np.stack([wav_16k[s : s + cls.WINDOW] for s in starts if s + cls.WINDOW <= len(wav_16k)])
+        return np.stack([wav_16k[start : start + cls.WINDOW] for start in range(0, count * JUDGE_RATE, JUDGE_RATE)])
 
     def judge(self, wav_16k: Wave) -> dict[str, float]:
         windows = self.windows(np.clip(wav_16k, -1.0, 1.0).astype(np.float32))
@@ -184,3 +149,31 @@ class DnsmosJudge(Judge):
             key: float(np.polyval(polynomial, raw[:, column]).mean())
             for column, (key, polynomial) in enumerate(self.POLYNOMIALS.items())
         }
+
+
+class NSNet2:
+    """NSNet2 (Braun and Tashev 2020, the DNS challenge's baseline): one gain per time-frequency bin, at 16 kHz.
+
+    20 ms windows, 10 ms hop, square-root Hann, gains limited to -80 dB.  Its output holds nothing above 8 kHz.
+    """
+
+    WINDOW, HOP = 320, 160
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return _onnx("nsnet2", "nsnet2-20ms-baseline.onnx")
+
+    def __call__(self, noisy_16k: Wave) -> Wave:
+        """Enhance ``[S]`` at 16 kHz; returns ``[S]``."""
+        window = np.sqrt(np.hanning(self.WINDOW))
+        frames = -(-len(noisy_16k) // self.HOP)
+        padded = np.zeros((frames + 1) * self.HOP)
+        padded[: len(noisy_16k)] = noisy_16k
+        position = np.arange(frames)[:, None] * self.HOP + np.arange(self.WINDOW)
+        spectrum = np.fft.rfft(padded[position] * window, axis=1)
+        log_power = np.log10(np.maximum(np.abs(spectrum) ** 2, 1e-12)).astype(np.float32)
+        gain = np.clip(self.model.run(None, {"input": log_power[None]})[0][0], 1e-4, 1.0)
+        pieces = np.fft.irfft(spectrum * gain, self.WINDOW, axis=1) * window
+        output = np.zeros_like(padded)
+        np.add.at(output, position, pieces)
+        return output[: len(noisy_16k)].astype(np.float32)

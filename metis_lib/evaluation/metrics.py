@@ -1,4 +1,4 @@
-"""Metrics that need no model: word errors, alignment, PESQ, STOI, cosine; and the table of protocols.
+"""Metrics that need no model (word errors, PESQ, STOI, cosine), their protocols and their confidence intervals.
 
 Every number is printed with a protocol id; numbers of different protocols never share a column.
 A metric that cannot be computed raises :class:`MetricFailure` with a reason: ``null``, never a number.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,8 @@ METRICS: dict[str, str] = {
     "stoi": STOI,
 }
 """Metric key to protocol id."""
+TaskSummary = dict[str, dict[str, dict[str, Any]]]
+"""``{system: {metric: {mean, ci95, n, n_failed, protocol}}}``; ``mean`` and ``ci95`` are null at n = 0."""
 LOWER_IS_BETTER = frozenset({"wer", "wer_corpus"})
 """``sim_other`` is neither: it is the control, the similarity to somebody else, and must be low."""
 
@@ -61,18 +64,11 @@ class MetricFailure(Exception):
     """A metric could not be computed; the message is the reason that is written beside the ``null``."""
 
 
-@dataclass(frozen=True)
-class WordErrors:
-    """Edit counts of one utterance after normalisation."""
+class WordErrors(NamedTuple):
+    """Word errors of one utterance (substitutions, deletions, insertions) and the words of its reference."""
 
-    substitutions: int
-    deletions: int
-    insertions: int
+    errors: int
     words: int
-
-    @property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
 
     @property
     def rate(self) -> float:
@@ -104,7 +100,7 @@ def word_errors(reference: str, heard: str) -> WordErrors:
     if not any(character.isalnum() for character in truth):
         raise MetricFailure("the reference text has no words after normalisation")
     counts = jiwer.process_words(truth, normalise_english(heard))
-    return WordErrors(counts.substitutions, counts.deletions, counts.insertions, len(truth.split()))
+    return WordErrors(counts.substitutions + counts.deletions + counts.insertions, len(truth.split()))
 
 
 def _delay(reference: Wave, signal: Wave, limit: int) -> tuple[int, float]:
@@ -125,15 +121,15 @@ def _envelope(wav: Wave, rate: int) -> Wave:
     return (envelope - envelope.mean()).astype(np.float32)
 
 
-def align(reference: Wave, signal: Wave, rate: int, max_ms: float = MAX_DELAY_MS) -> tuple[Wave, Wave, float]:
+def align(reference: Wave, signal: Wave, rate: int) -> tuple[Wave, Wave, float]:
     """Remove a constant delay of ``signal`` ``[S']`` against ``reference`` ``[S]``; both cut to the shorter.
 
-    The delay is the highest peak of the cross-correlation within ``max_ms``; returned in ms (positive: late).
+    The delay is the highest peak of the cross-correlation within 50 ms; returned in ms (positive: late).
     Generated speech has phases of its own: where the waveforms correlate by less than 0.3 their peak says
     nothing about time, and the log envelopes are correlated in their place.
     """
     size = min(len(reference), len(signal))
-    limit = min(int(round(rate * max_ms / 1000)), max(size - 1, 0))
+    limit = min(int(round(rate * MAX_DELAY_MS / 1000)), max(size - 1, 0))
     delay, likeness = _delay(reference, signal, limit)
     if likeness < 0.3:
         delay, _ = _delay(_envelope(reference[:size], rate), _envelope(signal[:size], rate), limit)
@@ -146,8 +142,7 @@ def _pair(reference: Wave, signal: Wave) -> tuple[Wave, Wave]:
     difference = abs(len(reference) - len(signal)) / JUDGE_RATE
     if difference > 0.25:
         raise MetricFailure(f"the lengths differ by {difference:.2f} s: not the same utterance sample by sample")
-    aligned_reference, aligned_signal, _ = align(reference, signal, JUDGE_RATE)
-    return aligned_reference, aligned_signal
+    return align(reference, signal, JUDGE_RATE)[:2]
 
 
 def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
@@ -189,6 +184,61 @@ def stoi(reference_16k: Wave, signal_16k: Wave) -> float:
             raise MetricFailure(f"STOI: {str(error).splitlines()[0]}") from error
 
 
-def cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def cosine(a: Sequence[float] | NDArray[np.float64], b: Sequence[float] | NDArray[np.float64]) -> float:
     """Cosine of two vectors ``[C]``, -1 to 1."""
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+# --- confidence intervals ------------------------------------------------------------------------------
+
+MIN_SPEAKERS = 8
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean (or ratio) with its 95 % interval; ``ci95`` is None below two resampling units."""
+
+    mean: float
+    ci95: tuple[float, float] | None
+    n: int
+    unit: str
+
+
+def resampling_units(speakers: Sequence[str], utterances: Sequence[str]) -> tuple[Sequence[str], str]:
+    """The labels to resample by and their kind: ``"speakers"`` from eight of them on, else ``"utterances"``.
+
+    Utterances of one speaker are not independent (Bisani and Ney 2004), nor are the seeds of one utterance.
+    """
+    enough = len(set(speakers)) >= MIN_SPEAKERS
+    return (speakers, "speakers") if enough else (utterances, "utterances")
+
+
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], speakers: Sequence[str], utterances: Sequence[str]
+) -> Estimate:
+    """``sum(numerators) / sum(denominators)`` with a percentile bootstrap (seed 0) over speakers or utterances."""
+    from scipy.stats import bootstrap
+
+    labels, unit = resampling_units(speakers, utterances)
+    _, group = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
+    top = np.bincount(group, weights=np.asarray(numerators, dtype=float))
+    bottom = np.bincount(group, weights=np.asarray(denominators, dtype=float))
+    mean = float(top.sum() / bottom.sum())
+    if len(top) < 2:
+        return Estimate(mean, None, len(numerators), unit)
+    interval = bootstrap(
+        (top, bottom),
+        lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(mean, (float(interval.low), float(interval.high)), len(numerators), unit)
+
+
+def mean_interval(values: Sequence[float], speakers: Sequence[str], utterances: Sequence[str]) -> Estimate:
+    """Mean of ``values`` with a 95 % percentile bootstrap interval over speakers or utterances."""
+    return ratio_interval(values, [1.0] * len(values), speakers, utterances)

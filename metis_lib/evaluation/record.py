@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from metis_lib.assets import sha256_file
+from metis_lib.errors import MetisError
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
@@ -46,12 +48,6 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def sha256_of(value: Any) -> str:
     """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -64,35 +60,35 @@ def sha256_files(paths: Iterable[Path], base: Path) -> str:
 
 def code_hash(*names: str) -> str:
     """Hash of the library's own files ``names`` (files or folders of the package), for cache keys."""
-    files: list[Path] = []
-    for name in names:
-        place = PACKAGE / name
-        files += sorted(place.rglob("*.py")) if place.is_dir() else [place] if place.is_file() else []
+    places = [PACKAGE / name for name in names]
+    files = (file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
     return sha256_files(files, PACKAGE)
-
-
-def checkpoint_folder(checkpoint: str) -> Path | None:
-    """The folder of a system given by path or by the name of a shipped one; None if it has no weights."""
-    for place in (PACKAGE / "weights" / checkpoint, Path(checkpoint).expanduser()):
-        if place.is_dir() and any(place.rglob("*.safetensors")):
-            return place
-    return None
 
 
 def checkpoint_hashes(checkpoint: str) -> dict[str, str | None]:
     """Hashes of a system's weights and configurations (None: a system without files, such as debug)."""
-    folder = checkpoint_folder(checkpoint)
-    if folder is None:
+    from metis_lib.checkpoints import locate
+
+    try:
+        folder = locate(checkpoint)
+    except MetisError:
         return {"checkpoint_sha256": None, "config_sha256": None}
-    files = [path for path in folder.rglob("*") if path.is_file()]
     return {
-        "checkpoint_sha256": sha256_files([p for p in files if p.suffix == ".safetensors"], folder),
-        "config_sha256": sha256_files([p for p in files if p.suffix == ".json"], folder),
+        "checkpoint_sha256": sha256_files(folder.rglob("*.safetensors"), folder),
+        "config_sha256": sha256_files(folder.rglob("*.json"), folder),
     }
 
 
-def git_state() -> dict[str, Any]:
-    """Commit and whether the code differs from it (results do not count); None outside a checkout."""
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def provenance(checkpoint: str, manifest: Path) -> dict[str, Any]:
+    """What numbers depend on: commit and whether the code differs from it (results do not count; None outside a
+    checkout), hashes of system and test set, versions of Python and of packages."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -102,22 +98,19 @@ def git_state() -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--", ".", ":!results")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that numbers depend on."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _VERSIONS:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        **checkpoint_hashes(checkpoint),
+        "manifest_sha256": sha256_file(manifest),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
+    }
 
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process in bytes, and of the accelerator if torch has used one."""
+    import resource  # not on Windows
+
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
     torch = sys.modules.get("torch")

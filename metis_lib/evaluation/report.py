@@ -1,4 +1,4 @@
-"""What readers see of a run: tables, plots and one HTML page with players and transcripts."""
+"""What readers see of a run: tables, plots, one HTML page with players and transcripts, the table of README.md."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metis_lib import notebook
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import metrics, record
+from metis_lib.evaluation.metrics import TaskSummary
 from metis_lib.evaluation.systems import SYSTEM_ABOUT, Item, load_items
 
 if TYPE_CHECKING:
@@ -33,16 +35,16 @@ LABELS = {
     "stoi": "STOI",
 }
 _BEFORE = {"se": ("noisy", "clean"), "codec": ("recording",), "tts": ("recording",)}
-TaskSummary = dict[str, dict[str, dict[str, Any]]]
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+"""What stands around the results in README.md."""
 
 
-def cell(entry: dict[str, Any]) -> str:
+def cell(entry: dict[str, Any], interval: str = " [{:.2f}, {:.2f}]", none: str = " [no interval]") -> str:
     """``mean [low, high]``, and how many failed if any did."""
     if entry["mean"] is None:
         return f"failed ({entry['n_failed']})"
-    interval = "[{:.2f}, {:.2f}]".format(*entry["ci95"]) if entry["ci95"] else "[no interval]"
     failed = f" ({entry['n_failed']} failed)" if entry["n_failed"] else ""
-    return f"{entry['mean']:.2f} {interval}{failed}"
+    return f"{entry['mean']:.2f}{interval.format(*entry['ci95']) if entry['ci95'] else none}{failed}"
 
 
 def check_protocols(summary: TaskSummary) -> dict[str, str]:
@@ -51,7 +53,9 @@ def check_protocols(summary: TaskSummary) -> dict[str, str]:
     for system, entries in summary.items():
         for metric, entry in entries.items():
             if found.setdefault(metric, entry["protocol"]) != entry["protocol"]:
-                raise MetisError(f"{metric} of {system} is {entry['protocol']}, not {found[metric]}: not comparable")
+                raise MetisError(
+                    f"{metric} of {system} was measured by {entry['protocol']}, not {found[metric]}: not comparable"
+                )
     return found
 
 
@@ -64,20 +68,19 @@ def table(summary: TaskSummary) -> DataFrame:
     return pandas.DataFrame.from_dict(rows, orient="index")
 
 
+def _count(systems: TaskSummary) -> int:
+    """Utterances of a task, failed ones among them."""
+    return max(entry["n"] + entry["n_failed"] for entries in systems.values() for entry in entries.values())
+
+
 def text_table(summary: dict[str, TaskSummary]) -> str:
     """All tasks as plain text for a terminal: metrics down, systems across, with n and protocols."""
-    lines = []
+    parts = []
     for task, systems in summary.items():
-        protocols = check_protocols(systems)
-        count = max(entry["n"] + entry["n_failed"] for entries in systems.values() for entry in entries.values())
-        cells = {metric: [cell(entries[metric]) for entries in systems.values()] for metric in protocols}
-        width = 2 + max(len(text) for texts in (systems, *cells.values()) for text in texts)
-        lines += ["", f"{TITLES[task]} (n = {count}; mean [95 % interval])"]
-        lines.append(" " * 20 + "".join(f"{system:>{width}}" for system in systems))
-        for metric, texts in cells.items():
-            row = "".join(f"{text:>{width}}" for text in texts)
-            lines.append(f"{LABELS[metric]:<20}{row}  {protocols[metric]}")
-    return "\n".join(lines[1:])
+        shown = table(systems).T.assign(protocol=list(check_protocols(systems).values()))
+        text = shown.to_string(na_rep="", col_space=10)
+        parts.append(f"{TITLES[task]} (n = {_count(systems)}; mean [95 % interval])\n{text}")
+    return "\n\n".join(parts)
 
 
 def plot_scores(rows: Sequence[dict[str, Any]], summary: TaskSummary) -> Figure:
@@ -140,91 +143,106 @@ def read_rows(out: str | Path, task: str, system: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-_STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1180px;padding:1rem;color:#111}
-h1,h2{line-height:1.2}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-.wide{overflow-x:auto}
-th,td{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;white-space:nowrap}
-article{border-top:1px solid #ccc;padding:.6rem 0}.clips{display:flex;flex-wrap:wrap;gap:.8rem}
-figure{margin:0;width:265px}figure.plot{width:auto}figcaption{font-weight:600}audio{width:100%;height:34px}
-small{color:#555}mark{background:#ffe2a8}img{max-width:100%}details{margin:.6rem 0}
-@media(prefers-color-scheme:dark){body{background:#161616;color:#eee}small{color:#aaa}mark{background:#7a5200;color:#fff}
-th,td,article{border-color:#444}img{background:#fff}a{color:#9cf}}
-"""
-
-
 def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | Path, limit: int | None) -> Path:
     """Write ``<out>/index.html``: per task the table, the plots and every item's players and transcripts.
 
-    The page holds its audio (Opus) and its plots: one file, no network.
+    The page holds its audio (Ogg Vorbis) and its plots: one file, no network.  Its layout is ``page.html``.
     """
-    from metis_lib import notebook
+    import jinja2
 
     notebook.style()
-    parts = []
+    out = Path(out)
+    tasks = []
     for task, systems in summary.items():
         rows = {system: read_rows(out, task, system) for system in systems}
-        flat = [row for some in rows.values() for row in some]
-        about = "".join(
-            f"<li><b>{html.escape(s)}</b>: {html.escape(SYSTEM_ABOUT.get(s, 'the model'))}</li>" for s in systems
-        )
-        plot = _png(plot_scores(flat, systems), f"{TITLES[task]}: scores of every utterance, mean and interval")
-        items = [_item(Path(out), item, rows) for item in load_items(testset, task, limit)]
-        parts.append(
-            f"<section id='{task}'><h2>{TITLES[task]}</h2>"
-            f"<div class='wide'>{table(systems).to_html(border=0)}</div>"
-            f"<ul>{about}</ul><figure class='plot'>{plot}</figure><h3>Listen</h3>{''.join(items)}</section>"
-        )
+        shown: dict[str, Any] = {"name": task, "title": TITLES[task], "table": table(systems).to_html(border=0)}
+        shown["systems"] = {system: SYSTEM_ABOUT.get(system, "the model") for system in systems}
+        shown["plot"] = _png(plot_scores([row for some in rows.values() for row in some], systems))
+        shown["utterances"] = [(item, _clips(out, item, rows)) for item in load_items(testset, task, limit)]
+        tasks.append(shown)
     used = sorted({e["protocol"] for t in summary.values() for entries in t.values() for e in entries.values()})
-    protocols = "".join(f"<dt><code>{p}</code></dt><dd>{html.escape(metrics.PROTOCOLS[p])}</dd>" for p in used)
-    run = record.read_json(Path(out) / "run.json") or {}
-    links = " · ".join(f"<a href='#{task}'>{TITLES[task]}</a>" for task in summary)
-    commit = f"{(run.get('commit') or 'no commit')[:12]}{' with changes' if run.get('dirty') else ''}"
-    page = (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Metis: evaluation</title>"
-        "<meta name='viewport' content='width=device-width,initial-scale=1'>"
-        f"<style>{_STYLE}</style></head><body><h1>Metis: evaluation</h1><p>{links}</p>"
-        "<p>Mean [95 % bootstrap interval]; rates are fractions. Words heard wrongly are marked. "
-        "SIM other is the control: the similarity to another speaker, which should be low.</p>"
-        f"<p><small>Code {commit}.</small></p>{''.join(parts)}"
-        f"<h2>Protocols</h2><dl>{protocols}</dl></body></html>\n"
-    )
-    path = Path(out) / "index.html"
-    record.write_atomic(path, page)
-    return path
+    values = {"tasks": tasks, "protocols": {protocol: metrics.PROTOCOLS[protocol] for protocol in used}}
+    values["commit"] = _commit(record.read_json(out / "run.json") or {})
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html")
+    text = page.render(values, player=notebook.player_html, transcript=transcript_html)
+    record.write_atomic(out / "index.html", text)
+    return out / "index.html"
 
 
-def _item(out: Path, item: Item, rows: dict[str, list[dict[str, Any]]]) -> str:
-    """One item: text, then the players of every system side by side."""
-    from metis_lib import notebook
-
-    clips = []
-    if item.prompt:
-        said = f"<small>says: {html.escape(item.prompt_text)}</small>"
-        clips.append(f"<figure><figcaption>prompt</figcaption>{notebook.player_html(item.prompt)}{said}</figure>")
+def _clips(out: Path, item: Item, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What the page shows of an item: a clip for every system and seed, the input and the best possible first."""
     first = [system for system in _BEFORE[item.task] if system in rows]
-    for system in [*first, *[system for system in rows if system not in first]]:
+    shown = ("wer", "sim_prompt", "sim_target", "dnsmos_ovrl", "pesq_wb", "stoi")
+    clips = []
+    for system in dict.fromkeys([*first, *rows]):
         for row in (row for row in rows[system] if row["id"] == item.id):
-            name = system if row["seed"] in (None, 0) else f"{system}, seed {row['seed']}"
-            shown = ("wer", "sim_prompt", "sim_target", "dnsmos_ovrl", "pesq_wb", "stoi")
-            scores = [f"{LABELS[m].replace(' (mean)', '')} {row[m]:.2f}" for m in shown if row.get(m) is not None]
-            failures = [f"{m}: {row[f'{m}_error']}" for m in LABELS if row.get(f"{m}_error")]
-            sound = notebook.player_html(out / item.task / system / row["audio"]) if row["audio"] else "no audio"
-            clips.append(
-                f"<figure><figcaption>{html.escape(name)}</figcaption>{sound}"
-                f"<div>{transcript_html(item.text, row['heard'])}</div><small>{', '.join(scores)}"
-                f"{'<br>' if failures else ''}{html.escape('; '.join(failures))}</small></figure>"
-            )
-    what = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in item.extra.items() if key != "licence")
-    return (
-        f"<article><p><b>{html.escape(item.text)}</b><br><small>{html.escape(item.id)}, speaker "
-        f"{html.escape(item.speaker)}{', ' if what else ''}{html.escape(what)}</small></p>"
-        f"<div class='clips'>{''.join(clips)}</div></article>"
-    )
+            clip: dict[str, Any] = {"name": system if row["seed"] in (None, 0) else f"{system}, seed {row['seed']}"}
+            clip["path"] = out / item.task / system / row["audio"] if row["audio"] else None
+            clip["heard"] = row["heard"]
+            scores = {LABELS[m].replace(" (mean)", ""): row[m] for m in shown if row.get(m) is not None}
+            clip["scores"] = [f"{label} {value:.2f}" for label, value in scores.items()]
+            clip["failures"] = [f"{m}: {row[f'{m}_error']}" for m in LABELS if row.get(f"{m}_error")]
+            clips.append(clip)
+    return clips
 
 
-def _png(figure: Figure, description: str) -> str:
+def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=90)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f"<img alt='{html.escape(description)}' src='data:image/png;base64,{data}'>"
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _commit(run: dict[str, Any]) -> str:
+    return f"{(run.get('commit') or 'no commit')[:12]}{' with changes' if run.get('dirty') else ''}"
+
+
+def readme_results(summary: dict[str, TaskSummary], run: dict[str, Any]) -> str:
+    """Markdown of a run: tasks and systems down, metrics across, and what the numbers belong to.
+
+    Raises:
+        MetisError: numbers of different protocols would share a column.
+    """
+    protocols = check_protocols({f"{task} {name}": found for task in summary for name, found in summary[task].items()})
+    protocols.pop("wer_corpus", None)
+    columns = [metric for metric in LABELS if metric in protocols]
+    arrows = {metric: " ↓" if metric in metrics.LOWER_IS_BETTER else " ↑" for metric in columns}
+    arrows["sim_other"] = ""  # the control
+    lines = [f"| | {' | '.join(LABELS[metric] + arrows[metric] for metric in columns)} |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for task, systems in summary.items():
+        lines.append(f"| **{TITLES[task]}** |" + " |" * len(columns))
+        for system, entries in systems.items():
+            found = (entries.get(metric) for metric in columns)
+            cells = (cell(entry, "<br><sub>{:.2f} to {:.2f}</sub>", "") if entry else "" for entry in found)
+            lines.append(f"| {system} | {' | '.join(cells)} |")
+    many = ", ".join(f"{_count(systems)} of {TITLES[task].lower()}" for task, systems in summary.items())
+    weights = (run.get("checkpoint_sha256") or "none")[:12]
+    lines += [
+        "",
+        f"Mean and 95 % bootstrap interval over utterances ({many}); rates are fractions; empty: not asked of "
+        f"the task. Code {_commit(run)}, weights {weights}, test set {run['manifest_sha256'][:12]}.",
+        "",
+        "<details><summary>How it was measured</summary>",
+        "",
+        *(f"- `{protocol}`: {metrics.PROTOCOLS[protocol]}" for protocol in dict.fromkeys(protocols.values())),
+        "",
+        "</details>",
+    ]
+    return "\n".join(lines)
+
+
+def fill_readme(readme: Path, text: str) -> Path:
+    """Replace what stands between the markers of ``readme`` by ``text`` (atomically); return the path.
+
+    Raises:
+        MetisError: no such file, or not exactly one pair of markers.
+    """
+    if not readme.is_file():
+        raise MetisError(f"no {readme.name} here; this command runs in a clone of the repository")
+    whole = readme.read_text()
+    if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
+        raise MetisError(f"{readme.name} lacks the markers {BEGIN} … {END}, once each")
+    before, after = whole.split(BEGIN)[0], whole.split(END)[1]
+    record.write_atomic(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return readme

@@ -1,26 +1,23 @@
-"""The papermill runner: one process per task's notebook, then one summary, one record and one page.
+"""The papermill runner: one kernel per task's notebook, then one summary, one record and one page.
 
-Every notebook runs in a process of its own, under the kernel ``python3``; a failed one is kept with its error
-and does not stop the others, but the run ends with an error.
+Every kernel is a process of its own, which ends with this one; a failed notebook is kept with its error and
+does not stop the others, but the run ends with an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report
 from metis_lib.evaluation.systems import TASKS, check_systems, load_items, systems_of, testset_folder
-
-KERNEL = "python3"
 
 
 class EvaluationFailed(MetisError):
@@ -39,52 +36,63 @@ def task_notebook(task: str) -> Path:
     return path
 
 
-def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that the notebook does not declare (papermill alone would only log them)."""
+def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], log: Path) -> str | None:
+    """Execute a notebook in a kernel of its own; None, or the reason why it failed in one line.
+
+    The executed copy goes to ``executed`` (with the error in it if it failed), what it printed to ``log``.
+
+    Raises:
+        MetisError: parameters that the notebook does not declare (papermill alone would only log them).
+    """
     import papermill
 
     known = papermill.inspect_notebook(str(notebook))
-    if not known:
-        raise MetisError(f"{notebook.name} has no parameters cell")
     unknown = sorted(set(parameters) - set(known))
     if unknown:
         raise MetisError(f"{notebook.name} has no parameter {', '.join(unknown)}; it knows {', '.join(known)}")
-
-
-def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], log: Path) -> str | None:
-    """Execute a notebook in its own process; None, or the reason why it failed in one line.
-
-    The executed copy goes to ``executed`` (with the error in it if it failed), what it printed to ``log``.
-    """
-    check_parameters(notebook, parameters)
     executed.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    partial = executed.with_name(f".{executed.name}")
-    paths = [str(record.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {
+    partial, reason = executed.with_name(f".{executed.name}"), None
+    with open(log, "w") as output, _environment_of_kernels():
+        try:
+            papermill.execute_notebook(
+                record.relative(notebook),
+                record.relative(partial),
+                dict(parameters),
+                kernel_name="python3",
+                progress_bar=False,
+                stdout_file=output,
+                stderr_file=output,
+            )
+        except Exception as error:  # an error of a cell, or a kernel that died: the other notebooks go on
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            output.write("\n".join(lines) + "\n")
+            reason = lines[-1][:300]
+    if partial.is_file():
+        document = json.loads(partial.read_text())
+        document["metadata"]["papermill"]["output_path"] = record.relative(executed)
+        record.write_json(executed, document)
+        partial.unlink()
+    return reason
+
+
+@contextlib.contextmanager
+def _environment_of_kernels() -> Iterator[None]:
+    """Kernels find this library and their own packages first, print progress in lines and spin no idle threads."""
+    before = dict(os.environ)
+    paths = [str(record.ROOT), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ |= {
         "PYTHONPATH": os.pathsep.join(paths),
         "JUPYTER_PREFER_ENV_PATH": "1",
         "METIS_PLAIN_PROGRESS": "1",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        "OMP_WAIT_POLICY": before.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = Path(scratch) / "parameters.yaml"
-        settings.write_text(json.dumps(dict(parameters), ensure_ascii=False))  # JSON is YAML
-        command = [sys.executable, "-m", "papermill", record.relative(notebook), record.relative(partial)]
-        command += ["-f", str(settings), "-k", KERNEL, "--cwd", ".", "--no-progress-bar", "--log-output"]
-        with open(log, "w") as output:
-            status = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment).returncode
-    if partial.is_file():
-        document = json.loads(partial.read_text())
-        document["metadata"].get("papermill", {})["output_path"] = record.relative(executed)
-        record.write_json(executed, document)
-        partial.unlink()
-    if status == 0:
-        return None
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line.split(":")[0]]
-    return (errors or lines or [f"exit status {status}"])[-1][:300]
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def evaluate(
@@ -129,21 +137,14 @@ def evaluate(
     for task, names in chosen.items():
         for old in ("summary.json", "run.json"):
             (folder / task / old).unlink(missing_ok=True)
-        parameters: dict[str, Any] = {
-            "task": task,
-            "testset": record.relative(testset_folder(testset)),
-            "systems": names,
-        }
-        parameters |= {"out": record.relative(folder), "seeds": list(seeds), "limit": limit or 0}
+        parameters: dict[str, Any] = {"task": task, "systems": names}
+        parameters |= {"testset": record.relative(testset_folder(testset)), "out": record.relative(folder)}
+        parameters |= {"seeds": list(seeds), "limit": limit or 0}
         parameters |= {"checkpoint": checkpoint, "device": device, "allow_missing": allow_missing}
         print(f"{task}: {', '.join(names)} ...", file=sys.stderr, flush=True)
         begin = time.perf_counter()
-        reason = run_notebook(
-            task_notebook(task),
-            folder / "executed" / f"{task}.ipynb",
-            parameters,
-            folder / "logs" / f"{task}.log",
-        )
+        executed, log = folder / "executed" / f"{task}.ipynb", folder / "logs" / f"{task}.log"
+        reason = run_notebook(task_notebook(task), executed, parameters, log)
         end = f"failed: {reason}" if reason else "done"
         print(f"{task}: {end} ({time.perf_counter() - begin:.0f} s)", file=sys.stderr, flush=True)
         if reason:
@@ -151,13 +152,10 @@ def evaluate(
     found = {task: record.read_json(folder / task / "summary.json") for task in chosen}
     summary = {task: values for task, values in found.items() if values is not None}
     run = {
-        **record.git_state(),
-        **record.checkpoint_hashes(checkpoint),
-        "manifest_sha256": record.sha256_file(testset_folder(testset) / "manifest.jsonl"),
+        **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
         "seeds": list(seeds),
         "limit": limit,
         "checkpoint": checkpoint,
-        "versions": record.versions(),
         "wall_s": round(time.perf_counter() - started, 2),
         "failed": failures,
         "tasks": {task: record.read_json(folder / task / "run.json") for task in chosen},

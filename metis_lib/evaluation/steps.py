@@ -8,24 +8,27 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from metis_lib import audio
+from metis_lib.assets import metis_home
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, record, stats
-from metis_lib.evaluation.metrics import JUDGE_RATE, MetricFailure
+from metis_lib.evaluation import judges, metrics, record
+from metis_lib.evaluation.metrics import JUDGE_RATE, MetricFailure, TaskSummary
 from metis_lib.evaluation.systems import Clip, Item, Systems, load_items, produce, systems_of, testset_folder
+from metis_lib.notebook import progress
 
-_SCORES = ("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl")
+_DNSMOS = tuple(judges.DnsmosJudge.POLYNOMIALS)
 TASK_METRICS = {
-    "codec": ("wer", "sim_target", "sim_other", *_SCORES, "pesq_wb", "stoi"),
-    "se": ("wer", "sim_target", "sim_other", *_SCORES, "pesq_wb", "stoi"),
-    "tts": ("wer", "sim_prompt", "sim_other", *_SCORES),
+    "codec": ("wer", "sim_target", "sim_other", *_DNSMOS, "pesq_wb", "stoi"),
+    "se": ("wer", "sim_target", "sim_other", *_DNSMOS, "pesq_wb", "stoi"),
+    "tts": ("wer", "sim_prompt", "sim_other", *_DNSMOS),
 }
 
 
@@ -33,52 +36,32 @@ class Verdicts:
     """Verdicts of judges on files, cached under ``$METIS_HOME/cache/judges`` by the files' contents."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        if folder is None:
-            from metis_lib.assets import metis_home
-
-            folder = metis_home() / "cache" / "judges"
-        self.folder, self.reused, self.computed = folder, 0, 0
+        self.folder, self.reused, self.computed = folder or metis_home() / "cache" / "judges", 0, 0
         self._code = record.code_hash("audio.py", "evaluation/judges.py", "evaluation/metrics.py")
+        self._hash = functools.cache(record.sha256_file)
         self._memory: dict[str, Any] = {}
-        self._hashes: dict[Path, str] = {}
 
-    def _hash(self, path: Path) -> str:
-        if path not in self._hashes:
-            self._hashes[path] = record.sha256_file(path)
-        return self._hashes[path]
-
-    def get(self, protocol: str, paths: tuple[Path, ...], judge: Callable[[list[Any]], Any]) -> Any:
-        """The verdict of ``judge`` on the 16 kHz arrays of ``paths``, or the MetricFailure that it raised.
+    def get(self, protocol: str, judge: Callable[..., Any], *paths: Path) -> Any:
+        """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised.
 
         Failures are not cached: what could not be judged is tried again by the next run.
         """
         key = record.sha256_of([protocol, self._code, *[self._hash(path) for path in paths]])
-        if key in self._memory:
-            return self._memory[key]
-        file = self.folder / protocol.replace("/", "_") / key[:2] / f"{key}.json"
-        stored = record.read_json(file)
-        if stored is not None:
-            self.reused += 1
+        if key not in self._memory:
+            file = self.folder / protocol.replace("/", "_") / key[:2] / f"{key}.json"
+            stored = record.read_json(file)
+            if stored is not None:
+                self.reused += 1
+            else:
+                self.computed += 1
+                try:
+                    stored = {"verdict": judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths))}
+                    record.write_json(file, stored)
+                except (MetricFailure, MetisError, ValueError) as failure:
+                    reason = str(failure).splitlines() or [type(failure).__name__]
+                    stored = {"verdict": MetricFailure(reason[0])}
             self._memory[key] = stored["verdict"]
-            return stored["verdict"]
-        self.computed += 1
-        try:
-            verdict = judge([audio.read(path, JUDGE_RATE).numpy() for path in paths])
-            record.write_json(file, {"verdict": verdict})
-        except (MetricFailure, MetisError, ValueError) as failure:
-            verdict = MetricFailure(str(failure).splitlines()[0] if str(failure) else type(failure).__name__)
-        self._memory[key] = verdict
-        return verdict
-
-
-def _one(judge: judges.Judge) -> Callable[[list[Any]], Any]:
-    def verdict(wavs: list[Any]) -> Any:
-        (result,) = judge.judge_batch(wavs)
-        if isinstance(result, MetricFailure):
-            raise result
-        return result
-
-    return verdict
+        return self._memory[key]
 
 
 def score(clips: Sequence[Clip], *, verdicts: Verdicts | None = None) -> list[dict[str, Any]]:
@@ -86,104 +69,91 @@ def score(clips: Sequence[Clip], *, verdicts: Verdicts | None = None) -> list[di
 
     Judges work one after the other, each loaded once and released; ``heard`` is what the WER judge heard.
     """
-    from metis_lib.notebook import progress
-
     verdicts = verdicts or Verdicts()
-    rows = [_row(clip) for clip in clips]
     task = clips[0].item.task
     keys = TASK_METRICS[task]
-    pairs = [(clip, row) for clip, row in zip(clips, rows, strict=True)]
+    rows = [_row(clip) for clip in clips]
+    judged = [(clip.path, clip.item, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
+    for row in rows:
+        if row["error"] is not None:
+            for key in keys:
+                _put(row, key, MetricFailure(f"no audio: {row['error']}"))
+
+    def each(*protocols: str) -> Iterator[tuple[Path, Item, dict[str, Any]]]:
+        return progress(judged, f"{task}: {', '.join(protocols)}")
 
     whisper = judges.WhisperJudge()
-    for clip, row in progress(pairs, f"{task}: {metrics.WER}"):
-        _transcript(clip, row, lambda path: verdicts.get(metrics.WER, (path,), _one(whisper)))
+    for path, item, row in each(metrics.WER):
+        _put_words(row, item.text, verdicts.get(metrics.WER, whisper, path))
     whisper.release()
 
     speaker = judges.SpeakerJudge()
-    for clip, row in progress(pairs, f"{task}: {metrics.SIM}"):
+    for path, item, row in each(metrics.SIM):
         for key in (key for key in keys if key.startswith("sim_")):
-            reference = clip.item.reference(key)
+            reference = item.reference(key)
             if reference is None:
                 _put(row, key, MetricFailure("the test set has no other speaker here"))
                 continue
-            voices = [verdicts.get(metrics.SIM, (p,), _one(speaker)) for p in (clip.path, reference) if p]
+            voices = [verdicts.get(metrics.SIM, speaker, voice) for voice in (path, reference)]
             failed = [voice for voice in voices if isinstance(voice, MetricFailure)]
-            _put(row, key, failed[0] if failed else _similarity(voices))
+            _put(row, key, failed[0] if failed else metrics.cosine(*voices))
     speaker.release()
 
     dnsmos = judges.DnsmosJudge()
-    for clip, row in progress(pairs, f"{task}: {metrics.DNSMOS}"):
-        verdict = verdicts.get(metrics.DNSMOS, (clip.path,), _one(dnsmos)) if clip.path else None
-        for key in _SCORES:
-            _put(row, key, verdict[key] if isinstance(verdict, dict) else verdict)
+    for path, _, row in each(metrics.DNSMOS):
+        verdict = verdicts.get(metrics.DNSMOS, dnsmos, path)
+        for key in _DNSMOS:
+            _put(row, key, verdict if isinstance(verdict, MetricFailure) else verdict[key])
     dnsmos.release()
 
-    for clip, row in progress(pairs if "stoi" in keys else [], f"{task}: {metrics.PESQ}, {metrics.STOI}"):
-        for key, function in (("pesq_wb", metrics.pesq_wb), ("stoi", metrics.stoi)):
-            measure, protocol = functools.partial(_spread, function), metrics.METRICS[key]
-            pair = (clip.item.clean, clip.path) if clip.path else None
-            _put(row, key, verdicts.get(protocol, pair, measure) if pair else None)
+    if "stoi" in keys:
+        for path, item, row in each(metrics.PESQ, metrics.STOI):
+            _put(row, "pesq_wb", verdicts.get(metrics.PESQ, metrics.pesq_wb, item.clean, path))
+            _put(row, "stoi", verdicts.get(metrics.STOI, metrics.stoi, item.clean, path))
     return rows
-
-
-def _spread(function: Callable[..., float], wavs: list[Any]) -> float:
-    return function(*wavs)
 
 
 def _row(clip: Clip) -> dict[str, Any]:
     item = clip.item
     row: dict[str, Any] = {"id": item.id, "system": clip.system, "seed": clip.seed, "speaker": item.speaker}
     row |= {"text": item.text, "heard": None, "audio": None, "sha256": None, "seconds": None}
-    row |= {"seconds_to_make": clip.seconds_to_make, "error": clip.error}
+    row |= {"seconds_to_make": clip.seconds_to_make, "error": clip.error, "word_errors": None, "words": None}
     if clip.path is not None:
-        import soundfile
-
         row["audio"] = f"audio/{clip.path.name}"
         row["sha256"] = record.sha256_file(clip.path)
         row["seconds"] = round(soundfile.info(str(clip.path)).duration, 4)
     return row
 
 
-def _put(row: dict[str, Any], key: str, value: Any) -> None:
+def _put(row: dict[str, Any], key: str, value: float | MetricFailure) -> None:
     """A number, or ``null`` and a reason."""
-    if row["error"] is not None:
-        value = MetricFailure(f"no audio: {row['error']}")
-    if isinstance(value, (int, float)) and np.isfinite(value):
+    if not isinstance(value, MetricFailure) and np.isfinite(value):
         row[key] = round(float(value), 6)
         return
     row[key] = None
     row[f"{key}_error"] = str(value) if isinstance(value, MetricFailure) else f"not a finite number ({value})"
 
 
-def _similarity(voices: Sequence[Any]) -> float:
-    return metrics.cosine(np.asarray(voices[0]), np.asarray(voices[-1]))
-
-
-def _transcript(clip: Clip, row: dict[str, Any], transcribe: Callable[[Path], Any]) -> None:
-    row["word_errors"] = row["words"] = None
+def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure) -> None:
+    """What was heard, its word errors and their rate."""
+    if isinstance(heard, MetricFailure):
+        return _put(row, "wer", heard)
+    row["heard"] = heard
     try:
-        heard = transcribe(clip.path) if clip.path else None
-        if isinstance(heard, MetricFailure):
-            raise heard
-        row["heard"] = heard
-        if heard is None:
-            return _put(row, "wer", None)
-        counts = metrics.word_errors(clip.item.text, heard)
-        row["word_errors"], row["words"] = counts.errors, counts.words
-        _put(row, "wer", counts.rate)
+        counts = metrics.word_errors(text, heard)
     except MetricFailure as failure:
-        _put(row, "wer", failure)
+        return _put(row, "wer", failure)
+    row["word_errors"], row["words"] = counts
+    _put(row, "wer", counts.rate)
 
 
-def summarise(rows: Sequence[dict[str, Any]], task: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """``{system: {metric: {mean, ci95, n, n_failed, protocol}}}``; ``mean``, ``ci95`` are null at n = 0."""
-    summary: dict[str, dict[str, dict[str, Any]]] = {}
-    for system in dict.fromkeys(row["system"] for row in rows):
-        mine = [row for row in rows if row["system"] == system]
-        keys = list(TASK_METRICS[task])
-        keys.insert(1, "wer_corpus")
-        summary[system] = {key: _entry(mine, key) for key in keys}
-    return summary
+def summarise(rows: Sequence[dict[str, Any]], task: str) -> TaskSummary:
+    """Means with intervals over the utterances of every system; see ``TaskSummary``."""
+    wer, *others = TASK_METRICS[task]
+    mine: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        mine.setdefault(row["system"], []).append(row)
+    return {system: {key: _entry(some, key) for key in (wer, "wer_corpus", *others)} for system, some in mine.items()}
 
 
 def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
@@ -194,17 +164,15 @@ def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
         speakers, ids = [row["speaker"] for row in good], [row["id"] for row in good]
         if key == "wer_corpus":
             errors, words = [row["word_errors"] for row in good], [row["words"] for row in good]
-            estimate = stats.ratio_interval(errors, words, speakers, ids)
+            estimate = metrics.ratio_interval(errors, words, speakers, ids)
         else:
-            estimate = stats.mean_interval([row[key] for row in good], speakers, ids)
+            estimate = metrics.mean_interval([row[key] for row in good], speakers, ids)
         entry["mean"] = round(estimate.mean, 6)
         entry["ci95"] = [round(value, 6) for value in estimate.ci95] if estimate.ci95 else None
     return entry
 
 
-def save(
-    rows: Sequence[dict[str, Any]], task: str, out: str | Path, *, allow_missing: bool = False
-) -> dict[str, dict[str, dict[str, Any]]]:
+def save(rows: Sequence[dict[str, Any]], task: str, out: str | Path, *, allow_missing: bool = False) -> TaskSummary:
     """Write ``<out>/<task>/<system>/utterances.jsonl`` and ``<out>/<task>/summary.json``; return the summary.
 
     Raises:
@@ -233,15 +201,13 @@ class TaskResult:
     task: str
     items: list[Item]
     rows: list[dict[str, Any]]
-    summary: dict[str, dict[str, dict[str, Any]]]
+    summary: TaskSummary
     out: Path
 
     def clip(self, item: Item, system: str) -> Path | None:
         """The audio of ``system`` for ``item`` (its first seed)."""
-        for row in self.rows:
-            if row["id"] == item.id and row["system"] == system and row["audio"]:
-                return self.out / self.task / system / row["audio"]
-        return None
+        names = [row["audio"] for row in self.rows if row["id"] == item.id and row["system"] == system and row["audio"]]
+        return self.out / self.task / system / names[0] if names else None
 
 
 def run_task(
@@ -261,24 +227,20 @@ def run_task(
     items = load_items(testset, task, limit)
     maker, verdicts = Systems(checkpoint, device), Verdicts()
     chosen = list(systems) or systems_of(task, checkpoint)
-    clips = produce(items, chosen, out, checkpoint=checkpoint, seeds=seeds, maker=maker)
-    rows = score(clips, verdicts=verdicts)
-    units = stats.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
+    rows = score(produce(items, chosen, out, seeds=seeds, maker=maker), verdicts=verdicts)
+    units = metrics.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
     settings = {"systems": chosen, "seeds": list(seeds), "limit": limit, "checkpoint": checkpoint}
     run = {
         "task": task,
         "settings": settings,
         "settings_sha256": record.sha256_of(settings),
-        "manifest_sha256": record.sha256_file(testset_folder(testset) / "manifest.jsonl"),
-        **record.checkpoint_hashes(checkpoint),
         "items": len(items),
-        "bootstrap": {"units": units, "resamples": stats.RESAMPLES, "interval": "percentile, 95 %"},
+        "bootstrap": {"units": units, "resamples": metrics.RESAMPLES, "interval": "percentile, 95 %"},
         "device": maker.used_device,
         "verdicts": {"computed": verdicts.computed, "reused": verdicts.reused},
         "wall_s": round(time.perf_counter() - started, 2),
         **record.peak_memory(),
-        **record.git_state(),
-        "versions": record.versions(),
+        **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
     }
     record.write_json(Path(out) / task / "run.json", run)
     summary = save(rows, task, out, allow_missing=allow_missing)

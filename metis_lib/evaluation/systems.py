@@ -5,6 +5,7 @@ Audio is kept by the hash of everything that made it, so that a killed run goes 
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -12,9 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from metis_lib import audio
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
+from metis_lib.evaluation.judges import NSNet2
+from metis_lib.evaluation.metrics import JUDGE_RATE
+from metis_lib.notebook import progress
+from metis_lib.pipeline import Metis
 
 TASKS = ("codec", "se", "tts")
 FIXED_SYSTEMS = {
@@ -84,57 +91,41 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     if limit is not None and limit < 1:
         raise MetisError(f"limit is a positive number of items, got {limit}")
     folder = testset_folder(testset)
-    rows: list[dict[str, Any]] = []
+    needed = ["id", "speaker", "text", "clean", *{"se": ["noisy"], "tts": ["prompt", "prompt_text"]}.get(task, [])]
+    rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate((folder / "manifest.jsonl").read_text().splitlines(), 1):
         try:
-            row = json.loads(line) if line.strip() else {"task": None}
-            if row["task"] == task:
-                needed = {"se": ("noisy",), "tts": ("prompt", "prompt_text")}.get(task, ())
-                missing = [key for key in ("id", "speaker", "text", "clean", *needed) if not row.get(key)]
-                if missing:
-                    raise MetisError(f"test set row {number} lacks {', '.join(missing)}")
-                rows.append(row)
+            row: dict[str, Any] = json.loads(line) if line.strip() else {"task": None}
+            if row["task"] != task:
+                continue
         except (ValueError, KeyError, TypeError) as error:
             raise MetisError(f"test set row {number} of {folder.name} is not valid ({error})") from error
+        if missing := [key for key in needed if not row.get(key)]:
+            raise MetisError(f"test set row {number} lacks {', '.join(missing)}")
+        if row["id"] in rows:
+            raise MetisError(f"the test set {folder.name} has the same id twice in the task {task}")
+        rows[row["id"]] = row
     if not rows:
         raise MetisError(f"the test set {folder.name} has no items for the task {task}")
-    ids = [row["id"] for row in rows]
-    if len(set(ids)) < len(ids):
-        raise MetisError(f"the test set {folder.name} has the same id twice in the task {task}")
-    voice = "prompt" if task == "tts" else "clean"
-    speakers = sorted({row["speaker"] for row in rows})
+    voices = {row["speaker"]: row["prompt" if task == "tts" else "clean"] for row in reversed(rows.values())}
+    speakers = sorted(voices)
     items = []
-    for row in rows[:limit]:
+    for row in list(rows.values())[:limit]:
         paths = {key: (folder / row[key]).resolve() for key in ("clean", "noisy", "prompt") if row.get(key)}
         for path in paths.values():
             if not path.is_file():
                 raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
         neighbour = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
-        others = [other for other in rows if other["speaker"] == neighbour != row["speaker"]]
-        used = {"id", "task", "speaker", "text", "clean", "noisy", "prompt", "prompt_text"}
-        items.append(
-            Item(
-                id=row["id"],
-                task=task,
-                speaker=row["speaker"],
-                text=row["text"],
-                prompt_text=row.get("prompt_text", ""),
-                other=(folder / others[0][voice]).resolve() if others else None,
-                extra={key: value for key, value in row.items() if key not in used},
-                **paths,
-            )
-        )
+        other = (folder / voices[neighbour]).resolve() if neighbour != row["speaker"] else None
+        texts = {key: row.get(key, "") for key in ("id", "task", "speaker", "text", "prompt_text")}
+        extra = {key: value for key, value in row.items() if key not in texts and key not in paths}
+        items.append(Item(**texts, **paths, other=other, extra=extra))
     return items
 
 
-def model_label(checkpoint: str) -> str:
-    """The name of the model's row: the last part of the checkpoint's name or path."""
-    return Path(checkpoint).name
-
-
 def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
-    """All systems of a task: the fixed rows and, except for the codec, the model."""
-    return [*FIXED_SYSTEMS[task], *([] if task == "codec" else [model_label(checkpoint)])]
+    """All systems of a task: the fixed rows and, except for the codec, the model (named as its folder)."""
+    return [*FIXED_SYSTEMS[task], *([] if task == "codec" else [Path(checkpoint).name])]
 
 
 def check_systems(task: str, systems: Sequence[str], checkpoint: str) -> None:
@@ -151,25 +142,21 @@ class Systems:
 
     def __init__(self, checkpoint: str = "nano", device: str = "auto") -> None:
         self.checkpoint, self.device = checkpoint, device
-        self._loaded: dict[str, Any] = {}
         self._hashes = record.checkpoint_hashes(checkpoint)
-        self._code = {
-            "model": record.code_hash(*_MODEL_CODE),
-            "nsnet2": record.code_hash("evaluation/peers.py"),
-        }
+        self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
 
-    def _metis(self) -> Any:
-        if "metis" not in self._loaded:
-            from metis_lib.pipeline import Metis
+    @functools.cached_property
+    def _metis(self) -> Metis:
+        return Metis.from_pretrained(self.checkpoint, device=self.device)
 
-            self._loaded["metis"] = Metis.from_pretrained(self.checkpoint, device=self.device)
-        return self._loaded["metis"]
+    @functools.cached_property
+    def _nsnet2(self) -> NSNet2:
+        return NSNet2()
 
     @property
     def used_device(self) -> str:
-        """Where the model ran; the judges run on the CPU."""
-        metis = self._loaded.get("metis")
-        return str(getattr(metis, "device", self.device)) if metis is not None else "cpu"
+        """Where the model ran, if it did; the judges run on the CPU."""
+        return str(self._metis.device) if "_metis" in self.__dict__ else "cpu"
 
     def source(self, system: str, item: Item) -> Path | None:
         """The file of the test set that a system is, or None if it has to be made."""
@@ -199,20 +186,13 @@ class Systems:
     def make(self, system: str, item: Item, seed: int | None) -> audio.Speech:
         """Let ``system`` work on ``item``."""
         if system == "nsnet2":
-            if "nsnet2" not in self._loaded:
-                from metis_lib.evaluation.peers import NSNet2
-
-                self._loaded["nsnet2"] = NSNet2()
-            peer = self._loaded["nsnet2"]
-            import torch
-
-            wav = peer(audio.read(str(item.noisy), peer.sample_rate).numpy())
-            return audio.Speech(torch.from_numpy(wav), peer.sample_rate)
+            wav = self._nsnet2(audio.read(str(item.noisy), JUDGE_RATE).numpy())
+            return audio.Speech(torch.from_numpy(wav), JUDGE_RATE)
         if system == "resynthesis":
-            return self._metis().resynthesise(str(item.clean))
+            return self._metis.resynthesise(str(item.clean))
         if item.task == "se":
-            return self._metis().enhance(str(item.noisy), seed=seed)
-        return self._metis().speak(item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed)
+            return self._metis.enhance(str(item.noisy), seed=seed or 0)
+        return self._metis.speak(item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed or 0)
 
 
 def produce(
@@ -220,20 +200,15 @@ def produce(
     systems: Sequence[str],
     out: str | Path,
     *,
-    checkpoint: str = "nano",
     seeds: Sequence[int] = (0,),
-    device: str = "auto",
     maker: Systems | None = None,
 ) -> list[Clip]:
     """Audio of every system for every item under ``<out>/<task>/<system>/audio``; what is there is kept.
 
     An item that a system refuses (a MetisError) becomes a clip without a path that carries the reason.
     """
-    from metis_lib.notebook import progress
-
-    task = items[0].task
-    check_systems(task, systems, checkpoint)
-    maker = maker or Systems(checkpoint, device)
+    task, maker = items[0].task, maker or Systems()
+    check_systems(task, systems, maker.checkpoint)
     jobs = [
         (system, item, seed)
         for system in systems

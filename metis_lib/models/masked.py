@@ -82,13 +82,7 @@ class MaskedTrace:
     masks: Tensor
 
 
-def decode(
-    predict: Predict,
-    lengths: Tensor,
-    settings: DecodeSettings,
-    *,
-    noise: Noise,
-) -> MaskedTrace:
+def decode(predict: Predict, lengths: Tensor, settings: DecodeSettings, *, noise: Noise) -> MaskedTrace:
     """Fill a fully masked sequence in ``settings.steps`` steps, most confident tokens first.
 
     Args:

@@ -8,7 +8,7 @@ arXiv 2409.00750 section 3.2.4; ``encoder.*`` and ``decoder.*`` carry the releas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,13 +191,9 @@ class CodecDecoder(nn.Module):
     def __init__(self, config: AcousticCodecConfig) -> None:
         super().__init__()
         self.quantizer = ResidualVQ(
-            config.latent_dim,
-            config.num_quantizers,
-            config.codebook_size,
-            config.codebook_dim,
-            config.commitment,
+            config.latent_dim, config.num_quantizers, config.codebook_size, config.codebook_dim, config.commitment,
             config.codebook_loss_weight,
-        )
+        )  # fmt: skip
         self.model = Vocos(config)
 
 
@@ -206,8 +202,7 @@ class AcousticCodec(nn.Module):
 
     def __init__(self, config: AcousticCodecConfig) -> None:
         super().__init__()
-        encoders: dict[str, Callable[[AcousticCodecConfig], nn.Module]]
-        encoders = {"waveform": CodecEncoder, "mel": MelEncoder}
+        encoders: dict[str, Any] = {"waveform": CodecEncoder, "mel": MelEncoder}
         if config.encoder not in encoders:
             raise MetisError(f"unknown acoustic encoder {config.encoder!r}; choose 'waveform' or 'mel'")
         if config.encoder == "waveform" and math.prod(config.strides) != config.hop_size:
@@ -261,12 +256,9 @@ class AcousticCodec(nn.Module):
         layers = self.draw_layers(len(wav), generator) if self.training else None
         latent = self.encoder(wav)
         found = self.decoder.quantizer(latent, layers)
-        recon = self.decoder.model(found.output.to(latent.dtype))
-        length = wav.shape[1]
-        if recon.shape[1] < length:
-            recon = F.pad(recon, (0, length - recon.shape[1]))
+        recon = self.decoder.model(found.output.to(latent.dtype))[:, : wav.shape[1]]
         return {
-            "recon": recon[:, :length],
+            "recon": F.pad(recon, (0, wav.shape[1] - recon.shape[1])),
             "codes": found.codes.permute(1, 2, 0),
             "commit_loss": found.commit_loss.sum(),
             "codebook_loss": found.codebook_loss.sum(),

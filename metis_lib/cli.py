@@ -424,9 +424,7 @@ class Train(Command):
     """Folder of the system; default: runs/nano in the cache."""
 
     def run(self) -> Answer:
-        from metis_lib.training import pieces
-
-        scores = pieces.run(self.piece, self.steps, self.out)
+        scores = _recipe("nano.pieces").run(self.piece, self.steps, self.out)
         lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
         return Answer("\n".join([self.piece, *lines]), {"piece": self.piece, "scores": scores})
 

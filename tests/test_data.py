@@ -16,6 +16,7 @@ from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degra
 from metis_lib.errors import MetisError
 from recipes.nano import asr, corpus, human, synthesis, testsets
 
+pytestmark = pytest.mark.data
 HUMAN = Path(__file__).parents[1] / "eval" / "testsets" / "human"
 GOOD = {
     "id": "a", "path": "a.flac", "text": "Hello there.", "language": "en", "speaker": "s", "duration": 1.5,

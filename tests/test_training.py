@@ -150,6 +150,19 @@ def test_ssl_trainer_learns_phones(tmp_path):
     hidden = encoder.normalise(encoder(torch.from_numpy(store[0].astype(np.float32))[None]))
     assert abs(float(hidden.detach().std()) - 1) < 0.3
 
+    # whoever has heard the noise in training hears through it
+    noise = rng.standard_normal(160)
+    noisy = FlatStore.write(tmp_path / "noisy", [(item, store[i] + noise) for i, item in enumerate(store.items)])
+    used, _ = tok.train_ssl(DEBUG, store, store, quick(150, lr=5e-3), phone_vocab=12, budget=480, noisy=noisy)
+
+    @torch.no_grad()
+    def distance(model):
+        both = [torch.from_numpy(np.stack([s[i] for i in range(12)]).astype(np.float32)) for s in (store, noisy)]
+        clean, dirty = (model.normalise(model(x)) for x in both)
+        return float((clean - dirty).square().mean())
+
+    assert distance(used) < 0.7 * distance(encoder)
+
 
 def test_span_masks_hide_about_their_share():
     lengths = torch.tensor([400, 300])

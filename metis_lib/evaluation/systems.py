@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from metis_lib import audio
+from metis_lib.assets import metis_home
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import NSNet2
@@ -73,11 +74,12 @@ class Clip:
 
 
 def testset_folder(testset: str | Path) -> Path:
-    """The folder of a test set, given by path or by its name under ``eval/testsets``."""
-    for place in (Path(testset).expanduser(), record.ROOT / "eval" / "testsets" / str(testset)):
+    """The folder of a test set, given by path or by its name under ``eval/testsets`` or ``$METIS_HOME/testsets``."""
+    made = metis_home() / "testsets" / str(testset)
+    for place in (Path(testset).expanduser(), record.ROOT / "eval" / "testsets" / str(testset), made):
         if (place / "manifest.jsonl").is_file():
             return place.resolve()
-    raise MetisError(f"no test set {str(testset)!r}: expected a folder with a manifest.jsonl")
+    raise MetisError(f"no test set {str(testset)!r}: expected a folder with a manifest.jsonl (metis prepare testset)")
 
 
 def load_items(testset: str | Path, task: str, limit: int | None = None) -> list[Item]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from metis_lib import audio
-from metis_lib.assets import metis_home
+from metis_lib.assets import metis_home, sha256_file
 from metis_lib.config import AUDIO_RATE, SSL_RATE
 from metis_lib.data.simulate import Noises, Rooms, degrade
 from metis_lib.data.store import FlatStore, Row, read_manifest, store_waves, wave
@@ -27,6 +27,13 @@ def corpus(name: str = "nano") -> Path:
     return metis_home() / "corpora" / name
 
 
+def prepared(name: str = "nano") -> Path:
+    """Folder of what is prepared from a corpus: another one whenever its manifest changes."""
+    manifest = corpus(name) / "manifest.jsonl"
+    label = sha256_file(manifest)[:8] if manifest.is_file() else "none"
+    return metis_home() / "prepared" / f"{name}-{label}"
+
+
 def rows_of(split: str, name: str = "nano") -> list[Row]:
     """Rows of one split of a corpus."""
     return [row for row in read_manifest(corpus(name) / "manifest.jsonl") if row.split == split]
@@ -34,7 +41,7 @@ def rows_of(split: str, name: str = "nano") -> list[Row]:
 
 def waves_of(split: str, name: str = "nano") -> FlatStore:
     """Wave store of one split, made on first use."""
-    return store_waves(rows_of(split, name), metis_home() / "prepared" / name / f"waves-{split}")
+    return store_waves(rows_of(split, name), prepared(name) / f"waves-{split}")
 
 
 def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -45,7 +52,7 @@ def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor
 
 def filterbanks_of(split: str, name: str = "nano") -> FlatStore:
     """Filterbank frames ``[T, 160]`` float16 of one split, with ``phones`` (ids) in each record."""
-    folder = metis_home() / "prepared" / name / f"filterbanks-{split}"
+    folder = prepared(name) / f"filterbanks-{split}"
     waves = waves_of(split, name)
     if (folder / "index.json").is_file():
         return FlatStore(folder)
@@ -80,7 +87,7 @@ def degraded_of(split: str, name: str = "nano", seed: int = 0) -> FlatStore:
 
     Training noise is heard in ``train``, the held-out recordings otherwise.
     """
-    folder = metis_home() / "prepared" / name / f"degraded-{split}-{seed}"
+    folder = prepared(name) / f"degraded-{split}-{seed}"
     if (folder / "index.json").is_file():
         return FlatStore(folder)
     clean, waves = filterbanks_of(split, name), waves_of(split, name)

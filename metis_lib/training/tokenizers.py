@@ -119,12 +119,15 @@ def train_ssl(
     budget: int = 3000,
     longest: int = 300,
     ctc_weight: float = 1.0,
+    noisy: FlatStore | None = None,
     start: dict[str, Tensor] | None = None,
     log: Path | None = None,
 ) -> tuple[SSLEncoder, dict[str, float]]:
     """SSL encoder by masked prediction plus phone CTC where a row has phones.
 
     ``features`` holds stacked filterbank frames ``[T, 160]`` (float16) with ``phones`` in its records.
+    ``noisy`` holds the same items degraded: three in ten are heard so, while the targets stay those of the clean ones,
+    so that the units hold on to the words (as WavLM does).
     Items longer than ``longest`` frames are left out of CTC batches and cropped for masked prediction.
     ``start`` are weights of an encoder to go on from (the heads begin anew).
     """
@@ -137,15 +140,18 @@ def train_ssl(
     rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)
 
     def collate(store: FlatStore, chosen: list[int]) -> dict[str, Any]:
-        arrays, phones = [], []
+        arrays: list[Tensor] = []
+        heard: list[Tensor] = []
+        phones: list[list[int]] = []
         for i in chosen:
-            array = store[i]
-            whole = len(array) <= longest
-            start = 0 if whole else int(rng.integers(0, len(array) - longest))
-            arrays.append(torch.from_numpy(array[start : start + longest].astype(np.float32)))
+            whole = store.length(i) <= longest
+            start = 0 if whole else int(rng.integers(0, store.length(i) - longest))
+            degraded = noisy is not None and store is features and rng.random() < 0.3
+            for listed, source in ((arrays, store), (heard, noisy if degraded and noisy is not None else store)):
+                listed.append(torch.from_numpy(source[i][start : start + longest].astype(np.float32)))
             phones.append(store.items[i]["phones"] if whole else [])
         x, lengths = padded(arrays)
-        return {"x": x, "lengths": lengths, "phones": phones}
+        return {"x": padded(heard)[0], "clean": x, "lengths": lengths, "phones": phones}
 
     def batches() -> Iterator[dict[str, Any]]:
         sizes = [features.length(i) for i in range(len(features))]
@@ -155,7 +161,7 @@ def train_ssl(
     def loss_of(batch: dict[str, Any]) -> dict[str, Tensor]:
         hidden_frames = span_mask(batch["lengths"], generator)
         with torch.no_grad():
-            targets = heads.labels(batch["x"])[:, hidden_frames]
+            targets = heads.labels(batch["clean"])[:, hidden_frames]
         out = encoder(batch["x"], batch["lengths"], mask_time=hidden_frames)
         at = out[hidden_frames]
         scores = [head(at).float() for head in heads.predict]

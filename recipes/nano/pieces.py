@@ -1,4 +1,4 @@
-"""The nano recipe as pieces, each trained on its own and saved as a part of a system (see ``recipes/nano``).
+"""The nano recipe as pieces, each trained on its own and saved as a part of a system (see the README beside this file).
 
 A piece reads what earlier pieces left in the system folder and writes its own part there; the tokenizers go on
 from weights of their own that they find.
@@ -81,15 +81,18 @@ def ssl(out: Path, steps: int) -> dict[str, float]:
     start, runs = _weights_so_far(out / "ssl"), _runs_so_far(out / "ssl")
     features, held_out = data.filterbanks_of("train"), data.filterbanks_of("validation")
     log, vocab = out / "logs" / "ssl.jsonl", PhoneTokenizer().size
-    encoder, scores = tok.train_ssl(SYSTEM, features, held_out, settings, phone_vocab=vocab, start=start, log=log)
-    notes = "masked prediction (BEST-RQ) plus phone CTC"
+    noisy = data.degraded_of("train")
+    encoder, scores = tok.train_ssl(
+        SYSTEM, features, held_out, settings, phone_vocab=vocab, noisy=noisy, start=start, log=log
+    )
+    notes = "masked prediction (BEST-RQ) plus phone CTC, three in ten utterances degraded"
     _save(out / "ssl", encoder, SYSTEM.ssl, scores, settings, notes=notes, **runs)
     save_part(out / "ssl", encoder.stats_state(), SYSTEM.ssl, name="stats")
     return scores
 
 
 def _features(out: Path, split: str, kind: str = "clean") -> FlatStore:
-    folder = metis_home() / "prepared" / "nano" / f"features-{kind}-{split}"
+    folder = data.prepared() / f"features-{kind}-{split}"
     if (folder / "index.json").is_file():
         return FlatStore(folder)
     frames = data.filterbanks_of(split) if kind == "clean" else data.degraded_of(split)
@@ -106,7 +109,7 @@ def semantic(out: Path, steps: int) -> dict[str, float]:
 
 
 def _tokens(out: Path, split: str) -> FlatStore:
-    folder = metis_home() / "prepared" / "nano" / f"tokens-{split}"
+    folder = data.prepared() / f"tokens-{split}"
     if (folder / "index.json").is_file():
         return FlatStore(folder)
     semantic_codec = _load(out / "semantic_codec", SemanticCodec(SYSTEM.semantic))
@@ -184,7 +187,7 @@ PIECES: dict[str, Callable[[Path, int], dict[str, float]]] = {
 FOLDERS = {"acoustic": "acoustic_codec", "semantic": "semantic_codec", "se": "tasks/se", "tts": "tasks/tts"}
 
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "nano" / "pieces.json"
+RECIPE = Path(__file__).with_name("pieces.json")
 
 
 def run(piece: str, steps: int | None = None, out: Path | None = None) -> dict[str, float]:

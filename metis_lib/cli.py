@@ -164,7 +164,7 @@ class Judges(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Nano(Command):
-    """Build the corpus of nano from packages, or go on where it was stopped; about 1.5 hours on two cores."""
+    """Build the corpus of nano from packages, or go on where it was stopped; 60 to 90 minutes on two cores."""
 
     report: bool = False
     """Only say what the corpus holds (--json for programs)."""

@@ -228,6 +228,7 @@ def test_corpus_leaves_out_what_was_heard_otherwise_and_shared_sentences(monkeyp
         line("bad", "So it is.", "train"), line("ok", "It is.", "train"), line("a", "Who are you?", "train"),
         line("b", "who are YOU", "test"), line("c", "Who, are you!", "validation"), line("none", "", "train"),
         line("d", "So it is.", "train", human=False),
+        line("e", "It was.", "train", human=False) | {"speaker": "silero-en_115"},
     ]  # fmt: skip
     assert [r["id"] for r in corpus.usable(rows)] == ["ok", "b", "none", "d"]
 

@@ -324,6 +324,7 @@ def store(speech: list[Utterance], tmp_path_factory: pytest.TempPathFactory) -> 
     return FlatStore.write(tmp_path_factory.mktemp("waves") / "store", pieces)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_workers_do_not_change_a_byte(store: FlatStore, sources: Sources) -> None:
     data = Simulated("omni", Pool(store), sources, seed=7, shortest=0.1)
 

@@ -155,9 +155,10 @@ def build_rirs(out: Path, workers: int, count: int = 200) -> None:
 
 
 def usable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without those that Whisper heard otherwise (human) and without sentences of a split that is held out more.
+    """Rows without those that Whisper heard otherwise and without sentences of a split that is held out more.
 
-    No sentence of the test is among the validation's or the training's, none of the validation among the training's.
+    Of people that is decided for each utterance, of synthetic voices for a whole voice.  No sentence of the test is among
+    the validation's or the training's, none of the validation among the training's.
     """
     verdicts = asr.read_verdicts()
     held_out: dict[str, int] = {}
@@ -168,7 +169,8 @@ def usable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     def good(r: dict[str, Any]) -> bool:
         words = spoken_words(r["text"])
         heard = not r["human"] or verdicts.get(asr.key(r["id"], r["text"]), 0.0) <= asr.BAD
-        return heard and (not words or held_out[words] == HELD_OUT.index(r["split"]))
+        clear = heard and r["speaker"] != synthesis.SILERO_SPOILT
+        return clear and (not words or held_out[words] == HELD_OUT.index(r["split"]))
 
     return [r for r in rows if good(r)]
 

@@ -412,6 +412,40 @@ def test_testset_files_are_all_there_and_all_used() -> None:
     assert sum(p.stat().st_size for p in HUMAN.iterdir()) < 5_000_000
 
 
+def test_synthetic_testsets_are_made_from_the_corpus(tmp_path: Path) -> None:
+    folder = tmp_path / "corpora" / "nano"
+    lines = []
+    (folder / "audio").mkdir(parents=True)
+    for k, path in enumerate([p for p in sorted(HUMAN.glob("*.flac")) if "-noisy" not in p.name][:4]):
+        (folder / "audio" / path.name).write_bytes(path.read_bytes())
+        seconds = soundfile.info(path).duration
+        lines.append(GOOD | {"id": path.stem, "path": f"audio/{path.name}", "speaker": "ab"[k % 2], "human": False,
+                             "duration": seconds, "split": "test", "text": f"Sentence {k}."})  # fmt: skip
+    store.write_jsonl(folder / "manifest.jsonl", lines)
+    noise = np.random.default_rng(0).standard_normal(AUDIO_RATE).astype(np.float32) * 0.1
+    soundfile.write(folder / "hum.flac", noise, AUDIO_RATE)
+    store.write_jsonl(folder / "noise.jsonl", [{"id": "hum", "path": "hum.flac", "split": "test"}])
+    out = testsets.build_synthetic("unseen", tmp_path, each=1)
+    rows = store.read_jsonl(out / "manifest.jsonl")
+    assert [r["task"] for r in rows] == [t for t in ("codec", "se", "tse", "tts", "vc") for _ in "ab"]
+    by = {(r["task"], r["speaker"]): r for r in rows}
+    speaker_of = {line["id"]: line["speaker"] for line in lines}
+    for voice in "ab":
+        assert by["tts", voice]["prompt"] != by["tts", voice]["clean"]
+        assert speaker_of[by["tts", voice]["prompt"].removesuffix(".flac")] == voice
+        assert speaker_of[by["vc", voice]["prompt"].removesuffix(".flac")] != voice
+        assert speaker_of[by["tse", voice]["interferer"]] != voice and by["se", voice]["done"]["noise"]
+        target, mixture = (soundfile.read(out / by["tse", voice][key])[0] for key in ("clean", "noisy"))
+        assert len(target) == len(mixture) and not np.array_equal(target, mixture)
+    assert {r[key] for r in rows for key in ("clean", "noisy", "prompt") if key in r} == {
+        p.name for p in out.glob("*.flac")
+    }
+    again = testsets.build_synthetic("unseen", tmp_path, each=1)
+    assert store.read_jsonl(again / "manifest.jsonl") == rows
+    with pytest.raises(MetisError, match="no voices for the test set"):
+        testsets.build_synthetic("seen", tmp_path)
+
+
 def test_testset_speakers_are_never_trained_on() -> None:
     for row in (r for task in ("codec", "se", "tts") for r in rows_of(task)):
         source, _, name = row["speaker"].partition("-")

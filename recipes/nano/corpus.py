@@ -157,8 +157,8 @@ def build_rirs(out: Path, workers: int, count: int = 200) -> None:
 def usable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without those that Whisper heard otherwise and without sentences of a split that is held out more.
 
-    Of people that is decided for each utterance, of synthetic voices for a whole voice.  No sentence of the test is among
-    the validation's or the training's, none of the validation among the training's.
+    Of people that is decided for each utterance, of synthetic voices for a whole voice.  No sentence of the test is
+    among the validation's or the training's, none of the validation among the training's.
     """
     verdicts = asr.read_verdicts()
     held_out: dict[str, int] = {}

@@ -133,9 +133,9 @@ def add_rooms(count: int) -> Rooms:
 def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Path:
     """Make ``unseen`` or ``seen`` from the prepared corpus: ``each`` items a voice and task.
 
-    Rows of ``unseen``: codec; se (the paper's degradation with held-out noise and rooms: noisy, done); tts (prompt of
-    the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is the target and another
-    voice added as they are).  Rows of ``seen``: tts.
+    Rows of ``unseen``: codec; se (the paper's degradation, but always with noise, of held-out noises and rooms: noisy,
+    done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is
+    the target and another voice added as they are).  Rows of ``seen``: tts.
 
     Raises:
         MetisError: the corpus is not prepared, or holds no such voices.
@@ -167,7 +167,13 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Pa
             if rooms is None:
                 continue
             noisy, clean, done = degrade(
-                wav, AUDIO_RATE, noises=noises, generator=generator, rooms=rooms, speaker=speaker
+                wav,
+                AUDIO_RATE,
+                noises=noises,
+                generator=generator,
+                rooms=rooms,
+                speaker=speaker,
+                params=Degradation(noise_p=1.0),
             )
             both = wav + np.resize(stranger_wav, len(wav))
             gain = min(1.0, 0.99 / float(np.abs(both).max()))

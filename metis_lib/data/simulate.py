@@ -182,6 +182,26 @@ class Rooms:
             raise MetisError(f"{path}: no room impulse responses; run `metis prepare nano` first")
         return cls(**load_file(path))
 
+    @classmethod
+    def stack(cls, rooms: Sequence[tuple[np.ndarray, int, float]]) -> Rooms:
+        """A bank of (impulse response [S], sample of the direct path, RT60 in s); float16, padded by zeros."""
+        bank = np.zeros((len(rooms), max(len(rir) for rir, _, _ in rooms)), dtype=np.float16)
+        for line, (rir, _, _) in zip(bank, rooms, strict=True):
+            line[: len(rir)] = rir
+        lengths, direct = (
+            np.array(n, dtype=np.int32) for n in ([len(r) for r, _, _ in rooms], [d for _, d, _ in rooms])
+        )
+        return cls(bank, lengths, direct, np.array([t for _, _, t in rooms], dtype=np.float32))
+
+    def save(self, corpus: Path) -> None:
+        """Write ``rirs.safetensors``: rirs [N, S], length [N], direct [N] in samples, rt60 [N] in s."""
+        from safetensors.numpy import save_file
+
+        corpus.mkdir(parents=True, exist_ok=True)
+        beside = corpus / f".rirs.{os.getpid()}"
+        save_file(vars(self), beside)
+        os.replace(beside, corpus / "rirs.safetensors")
+
     def apply(self, wav: np.ndarray, room: int) -> np.ndarray:
         """[S] as heard in room number ``room``, the direct path where it was; same length."""
         from scipy.signal import fftconvolve

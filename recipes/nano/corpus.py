@@ -29,7 +29,7 @@ import soundfile
 
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.simulate import level
+from metis_lib.data.simulate import Rooms, level
 from metis_lib.data.store import read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import asr, human, packages, synthesis
@@ -129,26 +129,9 @@ def simulate_room(seed: int) -> tuple[np.ndarray, int, float]:
 
 
 def build_rirs(out: Path, workers: int, count: int = 200) -> None:
-    """Simulate rooms (pyroomacoustics, image sources) and write ``rirs.safetensors``.
-
-    It holds rirs [N, S] float16 padded by zeros, length [N] and direct [N] in samples, rt60 [N] in s.
-    """
-    from safetensors.numpy import save_file
-
+    """Simulate rooms (pyroomacoustics, image sources) and write ``rirs.safetensors``."""
     with worker_pool(workers) as pool:
-        rooms = list(pool.map(simulate_room, range(count), chunksize=10))
-    bank = np.zeros((count, max(len(r) for r, _, _ in rooms)), dtype=np.float16)
-    for i, (rir, _, _) in enumerate(rooms):
-        bank[i, : len(rir)] = rir
-    tensors: dict[str, np.ndarray] = {
-        "rirs": bank,
-        "length": np.array([len(r) for r, _, _ in rooms], dtype=np.int32),
-        "direct": np.array([d for _, d, _ in rooms], dtype=np.int32),
-        "rt60": np.array([t for _, _, t in rooms], dtype=np.float32),
-    }
-    beside = out / f".rirs.{os.getpid()}"
-    save_file(tensors, beside)
-    os.replace(beside, out / "rirs.safetensors")
+        Rooms.stack(list(pool.map(simulate_room, range(count), chunksize=10))).save(out)
 
 
 # ---------------------------------------------------------------- all of it

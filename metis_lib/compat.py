@@ -19,20 +19,6 @@ from metis_lib.errors import MetisError
 _EXTENSION = "torchaudio._extension"
 
 
-def _stub() -> ModuleType:
-    """The four names that torchaudio reads from its extension module, without the native library."""
-    stub = ModuleType(_EXTENSION)
-    stub.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, loader=None)
-    vars(stub).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False)
-    vars(stub).update(fail_if_no_align=lambda function: function, _check_cuda_version=lambda: None)
-    return stub
-
-
-def _forget_torchaudio() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
-        del sys.modules[name]
-
-
 def import_torchaudio() -> ModuleType:
     """Import torchaudio, with the stub extension only if the native library does not load.
 
@@ -41,22 +27,25 @@ def import_torchaudio() -> ModuleType:
     """
     if importlib.util.find_spec("torchaudio") is None:
         raise MetisError("torchaudio is not installed; install the extra 'eval' (pip install -e '.[eval]')")
-    try:
-        return importlib.import_module("torchaudio")
-    except (OSError, ImportError, RuntimeError):
-        _forget_torchaudio()
-    sys.modules[_EXTENSION] = _stub()
-    try:
-        return importlib.import_module("torchaudio")
-    except Exception as error:
-        _forget_torchaudio()
-        raise MetisError(f"torchaudio does not import beside this torch ({error}); see constraints.txt") from error
+    stub = ModuleType(_EXTENSION)
+    stub.__spec__ = importlib.machinery.ModuleSpec(_EXTENSION, loader=None)
+    vars(stub).update(_IS_TORCHAUDIO_EXT_AVAILABLE=False, _IS_ALIGN_AVAILABLE=False)
+    vars(stub).update(fail_if_no_align=lambda function: function, _check_cuda_version=lambda: None)
+    reason: Exception | None = None
+    for replaced in ({}, {_EXTENSION: stub}):
+        sys.modules.update(replaced)
+        try:
+            return importlib.import_module("torchaudio")
+        except Exception as error:
+            reason = error
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
+                del sys.modules[name]
+    raise MetisError(f"torchaudio does not import beside this torch ({reason}); see constraints.txt") from reason
 
 
 def is_stubbed() -> bool:
     """Whether torchaudio runs on the stub, without its native library."""
-    module = sys.modules.get(_EXTENSION)
-    return module is not None and not getattr(module, "__file__", None)
+    return _EXTENSION in sys.modules and not getattr(sys.modules[_EXTENSION], "__file__", None)
 
 
 def prepare_torchaudio() -> None:

@@ -123,6 +123,25 @@ class Stage2Config:
 
 
 @dataclass(frozen=True)
+class LipConfig:
+    """Visual encoder of lip-to-speech (Auto-AVSR, arXiv 2303.14307).
+
+    ``widths`` are the channels of the ResNet's layers, each but the first of which halves the picture, ``blocks`` the
+    blocks in each layer.
+    """
+
+    stem: int = 64
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    blocks: int = 2
+    hidden_size: int = 768
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    num_layers: int = 12
+    conv_kernel: int = 31
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
 class SystemConfig:
     """All parts of one system."""
 
@@ -133,6 +152,7 @@ class SystemConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2_layer1: Stage2Config = field(default_factory=lambda: Stage2Config(num_quantizers=1, predict_layer_1=True))
     stage2_full: Stage2Config = field(default_factory=Stage2Config)
+    lips: LipConfig = field(default_factory=LipConfig)
 
 
 @dataclass(frozen=True)

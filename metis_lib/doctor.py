@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import platform
 import shutil
-import sys
-import time
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,19 +30,13 @@ class Check:
     fix: str = ""
 
 
-Result = tuple[str, str, str]
+Result = str | tuple[str, str, str]
+"""What is right, or the status, what was found and what to do."""
 
 
 def _python() -> Result:
-    tested = "" if sys.version_info[:2] == (3, 11) else " (tested with 3.11)"
-    return "ok", platform.python_version() + tested, ""
-
-
-def _torch() -> Result:
-    import torch
-
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
-    return "ok", f"{torch.__version__} ({build}), {torch.get_num_threads()} threads", ""
+    version = platform.python_version()
+    return version if version.startswith("3.11.") else f"{version} (tested with 3.11)"
 
 
 def _device() -> Result:
@@ -54,8 +47,15 @@ def _device() -> Result:
     device = pick_device("auto").type
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return "ok", f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free", ""
-    return "ok", f"{device}: nano runs here; train and run paper-sized models on a GPU", ""
+        return f"{torch.cuda.get_device_name()}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    return f"{device}: nano runs here; train and run paper-sized models on a GPU"
+
+
+def _torch() -> Result:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
 
 
 def _bf16() -> Result:
@@ -72,26 +72,24 @@ def _bf16() -> Result:
 
     ratio = seconds(torch.float32) / seconds(torch.bfloat16)
     speed = f"{ratio:.1f} times as fast as float32 on {device} (one matrix product of {size})"
-    return "ok", speed if ratio >= 1 else f"works, but only {speed}: use float32 here", ""
+    return speed if ratio >= 1 else f"works, but only {speed}: use float32 here"
 
 
 def _torchaudio() -> Result:
     module = compat.import_torchaudio()
     how = "without its native library (not needed)" if compat.is_stubbed() else "with its native library"
-    return "ok", f"{module.__version__} {how}", ""
+    return f"{module.__version__} {how}"
 
 
 def _lora() -> Result:
     compat.prepare_torchaudio()
-    import peft
-
-    return "ok", f"peft {peft.__version__}", ""
+    return f"peft {importlib.import_module('peft').__version__}"
 
 
 def _phones() -> Result:
     from metis_lib.tokenizers.text import PhoneTokenizer
 
-    return "ok", "hello → " + " ".join(PhoneTokenizer().phones("hello")), ""
+    return "hello → " + " ".join(PhoneTokenizer().phones("hello"))
 
 
 def _asset(name: str, kind: str) -> Result:
@@ -101,11 +99,9 @@ def _asset(name: str, kind: str) -> Result:
         return "warn", f"not fetched yet ({asset.size / 1e6:.0f} MB; {asset.purpose})", PREPARE
     if state == "corrupt":
         return "warn", f"a hash differs under {assets.asset_folder(name)}", PREPARE
-    from metis_lib.evaluation import judges
-
-    began = time.perf_counter()
-    _ = getattr(judges, kind)().model
-    return "ok", f"{asset.purpose}; hash right, opens in {time.perf_counter() - began:.1f} s", ""
+    judges = importlib.import_module("metis_lib.evaluation.judges")
+    seconds = timeit.timeit(lambda: getattr(judges, kind)().model, number=1)
+    return f"{asset.purpose}; hash right, opens in {seconds:.1f} s"
 
 
 def _intrusive() -> Result:
@@ -116,7 +112,7 @@ def _intrusive() -> Result:
     wave = np.random.default_rng(0).standard_normal(48000) * 0.1
     wave[8000:16000] = 0  # speech has pauses
     same = pesq.pesq(16000, wave, wave, "wb"), pystoi.stoi(wave, wave, 16000)
-    return "ok", f"a signal against itself: PESQ {same[0]:.2f}, STOI {same[1]:.2f}", ""
+    return f"a signal against itself: PESQ {same[0]:.2f}, STOI {same[1]:.2f}"
 
 
 def _nano() -> Result:
@@ -124,10 +120,8 @@ def _nano() -> Result:
     from metis_lib.pipeline import Metis
 
     sizes = [path.stat().st_size for path in locate("nano").rglob("*.safetensors")]
-    began = time.perf_counter()
-    Metis.from_pretrained("nano", device="cpu")
-    took = time.perf_counter() - began
-    return "ok", f"{len(sizes)} parts, {sum(sizes) / 1e6:.1f} MB, load in {took:.1f} s", ""
+    took = timeit.timeit(lambda: Metis.from_pretrained("nano", device="cpu"), number=1)
+    return f"{len(sizes)} parts, {sum(sizes) / 1e6:.1f} MB, load in {took:.1f} s"
 
 
 def _disk() -> Result:
@@ -139,7 +133,7 @@ def _disk() -> Result:
     detail = f"{free:.0f} GB free at {home}"
     if free < 1:
         return "fail", detail, "free 2 GB, or set METIS_HOME to another disk"
-    return ("ok", detail, "") if free >= 5 else ("warn", detail + "; corpora need about 5 GB", "")
+    return detail if free >= 5 else ("warn", detail + "; corpora need about 5 GB", "")
 
 
 def _notebooks() -> Result:
@@ -149,13 +143,13 @@ def _notebooks() -> Result:
 
     if "python3" not in KernelSpecManager().find_kernel_specs():
         return "warn", "no kernel named python3", "run: python -m ipykernel install --sys-prefix"
-    return "ok", f"JupyterLab {jupyterlab.__version__}, papermill {papermill.__version__}, kernel python3", ""
+    return f"JupyterLab {jupyterlab.__version__}, papermill {papermill.__version__}, kernel python3"
 
 
 def _downloads() -> Result:
     if assets.reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
-        return "ok", "the model hub answers", ""
-    return "ok", "the model hub does not answer; judges come from package registries instead", ""
+        return "the model hub answers"
+    return "the model hub does not answer; judges come from package registries instead"
 
 
 CHECKS: dict[str, tuple[Callable[[], Result], str, str]] = {
@@ -184,12 +178,11 @@ def checks() -> list[Check]:
     found = []
     for name, (ask, status, fix) in CHECKS.items():
         try:
-            found.append(Check(name, *ask()))
-        except MetisError as error:
-            found.append(Check(name, status, str(error), fix))
+            answer = ask()
+            found.append(Check(name, *(("ok", answer) if isinstance(answer, str) else answer)))
         except Exception as error:  # the doctor's purpose: whatever a library throws becomes a line
-            reason = (str(error).splitlines() or [""])[0]
-            found.append(Check(name, status, f"{type(error).__name__}: {reason}"[:160], fix))
+            first = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:160]
+            found.append(Check(name, status, str(error) if isinstance(error, MetisError) else first, fix))
     return found
 
 

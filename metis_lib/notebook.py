@@ -6,7 +6,9 @@ so that the last line of a cell shows them.
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -69,54 +71,54 @@ def player_html(source: audio.Source, label: str = "") -> str:
     return audio.player(wav[:limit], AUDIO_RATE, label)
 
 
-def player(source: audio.Source, label: str = "") -> HTML:
-    """A player for one clip: path, Speech, (samples, rate) or 24 kHz tensor."""
-    from IPython.display import HTML
+def png(figure: Figure) -> str:
+    """The address of a figure as PNG that holds the picture itself."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-    return HTML(player_html(source, label))
+
+def page(template: Path, **values: Any) -> str:
+    """HTML of a jinja template, in which ``png(figure)`` and ``player(clip)`` hold pictures and sound: no network."""
+    import jinja2
+
+    text = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template.read_text(encoding="utf-8"))
+    return text.render(values, png=png, player=player_html)
 
 
 def listening_table(rows: Sequence[Mapping[str, Any]]) -> HTML:
     """One row per utterance; recordings (paths, Speech, tuples) become players, texts stay."""
     from IPython.display import HTML
 
+    def cell(value: Any) -> str:
+        if isinstance(value, (Path, audio.Speech, tuple)):
+            return player_html(value)
+        return "&mdash;" if value is None else html.escape(str(value))
+
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
-    body = "".join("<tr>" + "".join(f"<td>{_cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{cell(row.get(key))}</td>" for key in columns) + "</tr>" for row in rows)
     return HTML(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
 
 
-def _cell(value: Any) -> str:
-    if value is None:
-        return "&mdash;"
-    if isinstance(value, (Path, audio.Speech, tuple)):
-        return player_html(value)
-    return html.escape(str(value))
-
-
-def log_mel(source: audio.Source, *, sample_rate: int = AUDIO_RATE, bands: int = 80) -> np.ndarray:
+def log_mel(source: audio.Source, *, bands: int = 80) -> np.ndarray:
     """Log-mel spectrogram ``[bands, frames]`` in dB below its maximum (down to -80), 10 ms hop."""
-    wav = np.asarray(audio.load(source, sample_rate), dtype=np.float64)
-    size, hop = 1024, sample_rate // 100
-    padded = np.pad(wav, (size // 2, size))
-    starts = np.arange(0, len(wav), hop)[:, None] + np.arange(size)
-    power = np.abs(np.fft.rfft(padded[starts] * np.hanning(size), axis=1)) ** 2
-    filters = mel_filters(bands, size, sample_rate).numpy()
-    decibels = 10 * np.log10(np.maximum(filters @ power.T, 1e-12))
+    wav, size = audio.load(source, AUDIO_RATE).numpy(), 1024
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(wav, (size // 2, size)), size)[:: AUDIO_RATE // 100]
+    power = np.abs(np.fft.rfft(frames[: -(-len(wav) * 100 // AUDIO_RATE)] * np.hanning(size), axis=1)) ** 2
+    decibels = 10 * np.log10(np.maximum(mel_filters(bands, size, AUDIO_RATE).numpy() @ power.T, 1e-12))
     return np.clip(decibels - decibels.max(), -80, 0)
 
 
-def spectrograms(sources: Mapping[str, audio.Source], *, bands: int = 80) -> Figure:
+def spectrograms(sources: Mapping[str, audio.Source]) -> Figure:
     """Log-mel spectrograms one above the other, on one time axis and one scale (dB below each maximum)."""
     import matplotlib.pyplot as plt
 
-    rows = len(sources)
-    figure, axes = plt.subplots(
-        rows, 1, figsize=(8, 1.5 * rows + 0.5), sharex=True, squeeze=False, layout="constrained"
-    )
-    mels = {label: log_mel(source, bands=bands) for label, source in sources.items()}
+    mels = {label: log_mel(source) for label, source in sources.items()}
+    size = (8, 1.5 * len(mels) + 0.5)
+    figure, axes = plt.subplots(len(mels), figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (label, mel) in zip(axes[:, 0], mels.items(), strict=True):
-        extent = (0.0, mel.shape[1] / 100, 0.0, float(bands))
+        extent = (0.0, mel.shape[1] / 100, 0.0, float(len(mel)))
         image = axis.imshow(mel, origin="lower", aspect="auto", cmap=COLOURS, vmin=-80, vmax=0, extent=extent)
         axis.set(title=label, ylabel="mel band")
         axis.grid(False)
@@ -138,7 +140,7 @@ def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when eac
     known = ~np.asarray(trace.masks.cpu()) if hasattr(trace, "masks") else np.asarray(trace) != mask_id
     known = known[:, 0] if known.ndim == 3 else known
     decided = np.where(known.any(axis=0), known.argmax(axis=0), len(known))
-    shown = np.where(known, np.broadcast_to(decided, known.shape), np.nan)
+    shown = np.where(known, decided, np.nan)
     figure, axis = plt.subplots(figsize=(8, 0.16 * len(known) + 1.4), layout="constrained")
     extent = (0.0, known.shape[1] / FRAME_RATE, len(known) + 0.5, 0.5)
     image = axis.imshow(shown, aspect="auto", cmap=COLOURS, interpolation="nearest", extent=extent)

@@ -133,8 +133,7 @@ class Metis:
             parts = {part: module_class(getattr(system, part)) for part, (_, module_class, _) in PARTS.items()}
             tasks = {}
             for name, entry in TASKS.items():
-                phones = {"phone_vocab": PhoneTokenizer().size} if entry.takes_text else {}
-                config = TaskConfig(name, {**entry.stage1, **phones})
+                config = TaskConfig(name, entry.changes(system, phone_vocab=PhoneTokenizer().size))
                 added = Stage1(replace(system.stage1, **config.stage1)).state_dict()
                 base = set(parts["stage1"].state_dict())
                 tasks[name] = (config, {key: value for key, value in added.items() if key not in base})

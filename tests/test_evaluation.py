@@ -17,7 +17,7 @@ import pytest
 
 from metis_lib import audio
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, record, report, runner, steps, systems
+from metis_lib.evaluation import judges, metrics, record, report, runner, systems
 from metis_lib.evaluation.metrics import MetricFailure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -265,14 +265,14 @@ def small_set(folder: Path, **changes: Any) -> Path:
 def test_failed_metrics_are_null_with_a_reason_and_are_counted(tmp_path: Path) -> None:
     testset = small_set(tmp_path / "set")
     with pytest.raises(MetisError, match="silent.*allow_missing"):
-        steps.run_task("se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"])
-    result = steps.run_task(
+        runner.run_task("se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"])
+    result = runner.run_task(
         "se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"], allow_missing=True
     )
     for system, reason in (("noisy", "silent"), ("nsnet2", "no audio: .*silent")):
         good, bad = report.read_rows(tmp_path / "out", "se", system)
         assert good["wer"] is not None and good["stoi"] is not None
-        for key in steps.TASK_METRICS["se"]:
+        for key in metrics.TASKS["se"]["metrics"]:
             assert bad[key] is None
             assert re.search(reason, bad[f"{key}_error"])
         for entry in result.summary[system].values():
@@ -324,7 +324,7 @@ def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
     assert {task: list(found) for task, found in summary.items()} == ROWS
     for task, found in summary.items():
         for system, entries in found.items():
-            assert set(entries) == {*steps.TASK_METRICS[task], "wer_corpus"}
+            assert set(entries) == {*metrics.TASKS[task]["metrics"], "wer_corpus"}
             for key, entry in entries.items():
                 assert set(entry) == SUMMARY_KEYS
                 assert (entry["n"], entry["n_failed"]) == (2, 0), (task, system, key)
@@ -342,7 +342,7 @@ def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
     assert run["tasks"]["se"]["peak_memory_bytes"] > 1e8 and len(run["manifest_sha256"]) == 64
     assert not list(out.rglob("*.part"))
 
-    again = steps.run_task("se", testset="human", out=out, systems=ROWS["se"], limit=2)
+    again = runner.run_task("se", testset="human", out=out, systems=ROWS["se"], limit=2)
     assert again.summary == summary["se"]
     assert json.loads((out / "se" / "run.json").read_text())["verdicts"]["computed"] == 0
 
@@ -446,10 +446,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
     fetch("whisper-base")
     cache = tmp_path / "verdicts"
     call = (
-        "import sys; from pathlib import Path; from metis_lib.evaluation import steps, systems; "
+        "import sys; from pathlib import Path; from metis_lib.evaluation import runner, systems; "
         "items = systems.load_items('human', 'se', 2); out = Path(sys.argv[1]); "
         "clips = systems.produce(items, ['noisy', 'nsnet2'], out); "
-        "steps.score(clips, verdicts=steps.Verdicts(out / 'verdicts'))"
+        "runner.score(clips, verdicts=runner.Verdicts(out / 'verdicts'))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "METIS_HOME": str(metis_home())}
     process = subprocess.Popen(
@@ -471,7 +471,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(systems.Systems, "make", lambda self, system, item, seed: made.append(item.id))
     clips = systems.produce(speech()[:2], ["noisy", "nsnet2"], tmp_path)
     assert made == [] and all(clip.path for clip in clips)
-    verdicts = steps.Verdicts(cache)
-    rows = steps.score(clips, verdicts=verdicts)
+    verdicts = runner.Verdicts(cache)
+    rows = runner.score(clips, verdicts=verdicts)
     assert verdicts.reused == done and verdicts.computed > 0
-    assert all(row[key] is not None for row in rows for key in steps.TASK_METRICS["se"])
+    assert all(row[key] is not None for row in rows for key in metrics.TASKS["se"]["metrics"])

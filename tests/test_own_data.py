@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data import checks, importers, report, simulate, store
+from metis_lib.data import importers, report, simulate, store
 from metis_lib.data.importers import build_manifest
 from metis_lib.data.store import Row
 from metis_lib.errors import MetisError
@@ -239,7 +239,7 @@ def test_bad_recordings_are_listed_with_a_reason_and_nothing_stops(tmp_path: Pat
     listed = store.read_jsonl(tmp_path / "out" / "refused.jsonl")
     assert listed == found.refused and reasons(found) == expected
     assert all(line["detail"] and "\n" not in line["detail"] and str(tmp_path) not in line["detail"] for line in listed)
-    assert {line["reason"] for line in listed} <= set(checks.REASONS)
+    assert {line["reason"] for line in listed} <= set(report.REASONS)
     out = tmp_path / "page.html"
     summary = report.corpus_report(found.manifest, out)
     assert summary["refused"] == dict(Counter(expected.values())) and summary["utterances"] == 1
@@ -289,18 +289,18 @@ def test_kept_with_a_warning_and_reasons_that_may_be_overruled(tmp_path: Path) -
 
 
 def test_letters_to_say() -> None:
-    assert (checks.letters("It's 42!"), checks.letters("... ?"), checks.letters("你好")) == (11, 0, 6)
+    assert (report.letters("It's 42!"), report.letters("... ?"), report.letters("你好")) == (11, 0, 6)
 
 
 def test_bandwidth_is_found(tmp_path: Path) -> None:
     for hz in (2000, 4000):
         for item in (0, 3, 5):
             narrow = simulate.band_limit(speech(item), AUDIO_RATE, hz)
-            assert checks.bandwidth(narrow, AUDIO_RATE) == pytest.approx(hz, rel=0.05)
+            assert report.bandwidth(narrow, AUDIO_RATE) == pytest.approx(hz, rel=0.05)
     for item in range(12):
-        assert checks.bandwidth(speech(item), AUDIO_RATE) == pytest.approx(ITEMS[item]["bandwidth_hz"], rel=0.1)
+        assert report.bandwidth(speech(item), AUDIO_RATE) == pytest.approx(ITEMS[item]["bandwidth_hz"], rel=0.1)
     white = simulate.colour(AUDIO_RATE, 0.0, np.random.default_rng(0))
-    assert checks.bandwidth(white, AUDIO_RATE) == pytest.approx(12000, rel=0.01)
+    assert report.bandwidth(white, AUDIO_RATE) == pytest.approx(12000, rel=0.01)
 
 
 def test_nothing_to_use_is_one_line_that_says_why(tmp_path: Path) -> None:
@@ -397,8 +397,8 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
         looked.append(path.name)
         return measure(path, spans)
 
-    measure = checks.measure
-    monkeypatch.setattr(checks, "measure", counting)
+    measure = report.measure
+    monkeypatch.setattr(report, "measure", counting)
     with pytest.raises(KeyboardInterrupt):
         build_manifest(recs, tmp_path / "out", workers=1)
     assert not (tmp_path / "out" / "manifest.jsonl").exists()

@@ -1,226 +1,811 @@
-"""Trainers and the stores that they read, on a corpus of a few synthetic tones."""
+"""Training: plans and batches, losses by hand, overfitting, resuming after kills, several processes, the queue."""
 
 import itertools
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from metis_lib import audio
-from metis_lib.checkpoints import TaskConfig
-from metis_lib.config import preset
-from metis_lib.data.store import FlatStore, Row, frame_batches, random_crops, store_waves, wave
+from metis_lib import Metis, cli
+from metis_lib.checkpoints import load_state
+from metis_lib.config import SemanticCodecConfig, Stage2Config
+from metis_lib.data.store import write_manifest
 from metis_lib.errors import MetisError
-from metis_lib.models import adapt
-from metis_lib.tasks import SE, TTS
+from metis_lib.training import data, loop, queue, recipes
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
-from metis_lib.training.loop import TrainSettings, learning_rate, train
+from metis_lib.training.loop import TrainSettings, learning_rate, seconds_of
+from tests.training_jobs import DEBUG, MODELS, make_corpus, make_job, make_system
 
-DEBUG = preset("debug")
-
-
-def quick(steps, **changes):
-    return TrainSettings(steps=steps, **{"lr": 3e-3, "warmup": 5, "bf16": False, "log_every": 5, **changes})
-
-
-@pytest.fixture(scope="module")
-def tones(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    time = np.arange(24_000) / 24_000
-    pieces = []
-    for i in range(8):
-        wav = 0.3 * np.sin(2 * np.pi * (120 + 60 * i) * time) + 0.01 * rng.standard_normal(len(time))
-        pieces.append(({"id": str(i), "speaker": "s", "text": "", "human": False}, (wav * 32767).astype(np.int16)))
-    return FlatStore.write(tmp_path_factory.mktemp("store") / "waves", pieces)
+pytestmark = pytest.mark.training
+GOLDEN = Path(__file__).parent / "golden"
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    """SSL tokens that follow from phones, acoustic codes that follow from SSL tokens."""
-    rng = np.random.default_rng(0)
-    pieces = []
-    for i in range(24):
-        phones = rng.integers(1, 20, size=6)
-        ssl = np.repeat(phones * 2, 8)
-        codes = np.stack([(ssl + q) % 32 for q in range(12)], axis=1)
-        pieces.append(({"id": str(i), "phones": phones.tolist()}, np.c_[ssl, codes].astype(np.int16)))
-    return FlatStore.write(tmp_path_factory.mktemp("store") / "tokens", pieces)
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """A corpus and a system of random weights, with the tokens of the corpus in a cache of its own."""
+    home = tmp_path_factory.mktemp("training")
+    before = os.environ.get("METIS_HOME")
+    os.environ["METIS_HOME"] = str(home / "cache")
+    manifest, system = make_corpus(home / "corpus"), make_system(home / "system")
+    job = make_job("stage1", system, manifest)
+    for split in ("train", "validation"):
+        job.tokens(split)
+    yield manifest, system
+    if before is None:
+        del os.environ["METIS_HOME"]
+    else:
+        os.environ["METIS_HOME"] = before
 
 
-@pytest.fixture(scope="module")
-def features(tokens, tmp_path_factory):
-    """Frame-level conditions from which the SSL tokens can be read."""
-    table = np.random.default_rng(1).standard_normal((48, 32)).astype(np.float16)
-    pieces = [(dict(tokens.items[i]), table[tokens[i][:, 0]]) for i in range(len(tokens))]
-    return FlatStore.write(tmp_path_factory.mktemp("store") / "features", pieces)
+@pytest.fixture()
+def job_of(workshop, tmp_path):
+    """Makes jobs in a copy of the system."""
+    manifest, system = workshop
+    shutil.copytree(system, tmp_path / "system")
+
+    def make(model, **settings):
+        return make_job(model, tmp_path / "system", manifest, **settings)
+
+    return make
 
 
-def test_store_gives_back_what_was_written(tones, tmp_path):
-    again = FlatStore(tones.folder)
-    assert len(again) == 8 and again.items[3]["id"] == "3"
-    torch.testing.assert_close(wave(again, 2), wave(tones, 2))
-    assert wave(again, 0).abs().max() <= 1
-    with pytest.raises(MetisError, match="metis prepare"):
-        FlatStore(tmp_path / "nowhere")
-    with pytest.raises(MetisError, match="nothing to store"):
-        FlatStore.write(tmp_path / "empty", [])
-    assert not (tmp_path / "empty").exists()
+class Repeat:
+    """The same batch for ever."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def open(self, step, rank, world, accumulate):
+        return (dict(self.batch) for _ in itertools.count())
 
 
-def test_wave_store_takes_the_span_that_a_row_names(tmp_path):
-    ramp = torch.linspace(-0.5, 0.5, 24_000)
-    audio.write(tmp_path / "ramp.wav", ramp, 24_000)
-    common = dict(path="ramp.wav", text="", language="en", speaker="s", split="train", source="", licence="")
-    rows = [
-        Row(id="all", duration=1.0, human=False, root=tmp_path, **common),
-        Row(id="part", duration=0.5, human=False, root=tmp_path, start=0.25, end=0.75, **common),
-    ]
-    store = store_waves(rows, tmp_path / "waves")
-    assert store.length(0) == 24_000 and store.length(1) == 12_000
-    torch.testing.assert_close(wave(store, 1), ramp[6_000:18_000], atol=1e-4, rtol=0)
-    assert store_waves(rows, tmp_path / "waves").items == store.items
+# ---------------------------------------------------------------- schedule, plan, batches
 
 
-def test_crops_come_from_the_store_and_repeat_by_seed(tones):
-    one, two = (random_crops(tones, 4, 4800, np.random.default_rng(5)) for _ in range(2))
-    assert torch.equal(one, two) and one.shape == (4, 4800) and one.abs().max() > 0.1
-
-
-def test_frame_batches_respect_the_budget_and_visit_everything():
-    lengths = np.random.default_rng(0).integers(20, 400, size=300).tolist()
-    batches = frame_batches(lengths, 2000, np.random.default_rng(1), 300)
-    seen = set()
-    while len(seen) < 300:
-        chosen = next(batches)
-        assert len(chosen) * min(max(lengths[i] for i in chosen), 300) <= 2000
-        seen |= set(chosen)
-
-
-def test_learning_rate_warms_up_and_falls():
-    settings = TrainSettings(steps=100, lr=1.0, warmup=10)
-    rates = [learning_rate(step, settings) for step in range(100)]
+def test_learning_rates():
+    cosine = TrainSettings(steps=100, lr=1.0, warmup=10)
+    rates = [learning_rate(step, cosine) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0) and rates[-1] < 0.11
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
+    paper = recipes.settings_for("stage1", "paper")
+    assert learning_rate(31_999, paper) == pytest.approx(1e-4)
+    assert learning_rate(127_999, paper) == pytest.approx(0.5e-4)
+    assert (paper.steps, paper.frames, paper.warmup) == (1_200_000, 10_000, 32_000)
 
 
-def test_losses_that_are_not_finite_stop_the_run():
-    model = torch.nn.Linear(2, 1)
-    before = model.weight.clone()
-    with pytest.raises(MetisError, match="not finite"):
-        train(model, lambda x: {"loss": model(x).sum() * torch.nan}, itertools.repeat(torch.ones(1, 2)), quick(50))
-    assert torch.equal(before, model.weight)
+def test_budgets():
+    assert [seconds_of(text) for text in ("90s", "100m", "1.5h")] == [90, 6000, 5400]
+    for text in ("100", "m", "0m", "1d", "-3m"):
+        with pytest.raises(MetisError, match="budget"):
+            seconds_of(text)
 
 
-def test_log_and_scores(tmp_path):
-    model = torch.nn.Linear(2, 1)
-    scores = train(
-        model,
-        lambda x: {"loss": model(x).square().mean()},
-        itertools.repeat(torch.ones(4, 2)),
-        quick(20),
-        log=tmp_path / "logs" / "x.jsonl",
-        validate=lambda: {"score": 1.5},
-    )
-    lines = [json.loads(line) for line in (tmp_path / "logs" / "x.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 20 and lines[-1]["loss"] < lines[0]["loss"]
-    assert lines[-1]["validation"] == {"score": 1.5} and scores["score"] == 1.5 and scores["cpu_seconds"] > 0
-
-
-def test_acoustic_trainer_learns_and_uses_its_codes(tones):
-    before = tok.train_acoustic(DEBUG, tones, tones, quick(1), batch=4, seconds=0.2)[1]
-    codec, after = tok.train_acoustic(DEBUG, tones, tones, quick(60), batch=4, seconds=0.2)
-    assert after["mel"] < 0.8 * before["mel"]
-    assert codec.encode(wave(tones, 0)[None]).shape == (1, 50, 12)
-
-
-def test_ssl_trainer_learns_phones(tmp_path):
+def test_plan_visits_everything_once_within_the_budget_and_does_not_depend_on_the_world():
     rng = np.random.default_rng(0)
-    table = rng.standard_normal((10, 160))
-    pieces = []
-    for i in range(12):
-        phones = rng.permutation(9)[:4] + 1
-        frames = np.repeat(table[phones], 10, axis=0) + 0.05 * rng.standard_normal((40, 160))
-        pieces.append(({"id": str(i), "phones": phones.tolist()}, frames.astype(np.float16)))
-    store = FlatStore.write(tmp_path / "frames", pieces)
-    encoder, scores = tok.train_ssl(DEBUG, store, store, quick(150, lr=5e-3), phone_vocab=12, budget=480)
-    assert scores["phone_error"] < 0.3
-    hidden = encoder.normalise(encoder(torch.from_numpy(store[0].astype(np.float32))[None]))
-    assert abs(float(hidden.detach().std()) - 1) < 0.3
+    lengths = rng.integers(20, 400, size=3000)
+    lengths[::17] = 0
+    ends = np.arange(100, 3001, 100)
+    groups = list(data.plan(lengths, 2000, 4, seed=3, epoch=1, ends=ends, window=700))
+    batches = [batch for group in groups for batch in group]
+    assert all(len(group) == 4 for group in groups)
+    assert all(len(batch) * lengths[batch].max() <= 2000 for batch in batches)
+    seen = np.bincount(np.concatenate(batches), minlength=3000)
+    assert (seen[lengths == 0] == 0).all() and (seen[lengths > 0] >= 1).all() and (seen == 1).mean() > 0.85
+    assert sum(lengths[b].sum() for b in batches) / sum(len(b) * lengths[b].max() for b in batches) > 0.9
 
-    # whoever has heard the noise in training hears through it
-    noise = rng.standard_normal(160)
-    noisy = FlatStore.write(tmp_path / "noisy", [(item, store[i] + noise) for i, item in enumerate(store.items)])
-    used, _ = tok.train_ssl(DEBUG, store, store, quick(150, lr=5e-3), phone_vocab=12, budget=480, noisy=noisy)
+    class Plain:
+        def __init__(self):
+            self.lengths, self.ends = lengths, ends
 
-    @torch.no_grad()
-    def distance(model):
-        both = [torch.from_numpy(np.stack([s[i] for i in range(12)]).astype(np.float32)) for s in (store, noisy)]
-        clean, dirty = (model.normalise(model(x)) for x in both)
-        return float((clean - dirty).square().mean())
+    feed = data.Feed(Plain(), TrainSettings(frames=2000, seed=3))
 
-    assert distance(used) < 0.7 * distance(encoder)
+    def steps(rank, world, accumulate, first=0):
+        return list(itertools.islice(feed.positions(first, rank, world, accumulate), 12 * accumulate))
 
-
-def test_span_masks_hide_about_their_share():
-    lengths = torch.tensor([400, 300])
-    hidden = tok.span_mask(lengths, torch.Generator().manual_seed(0))
-    assert not hidden[1, 300:].any() and 0.2 < hidden[0].float().mean() < 0.5
+    alone = steps(0, 1, 4)
+    shared = [steps(rank, 4, 1) for rank in range(4)]
+    assert alone == [one for together in zip(*shared, strict=True) for one in together]
+    assert steps(0, 1, 4, first=5)[:4] == alone[20:24]  # any step without those before
 
 
-def test_semantic_trainer_learns(features):
-    _, before = tok.train_semantic(DEBUG, features, quick(1), batch=8, frames=40)
-    _, after = tok.train_semantic(DEBUG, features, quick(80), batch=8, frames=40)
-    assert after["recon_l1"] < 0.9 * before["recon_l1"] and after["perplexity"] > 4
+@pytest.mark.parametrize("model", ["ssl", "acoustic", "stage1", "stage2_full", "tts", "se", "tse", "vc", "omni", "l2s"])
+def test_a_batch_depends_on_its_place_alone(job_of, model):
+    job = job_of(model)
+    _, source, _ = recipes.BUILD[model](job)
+    items = np.flatnonzero(source.lengths)[:3].tolist()
+    one, two = (source.batch(items, epoch=1, step=7) for _ in range(2))
+    other = source.batch(items, epoch=2, step=7)
+    same = [key for key, value in one.items() if isinstance(value, torch.Tensor)]
+    assert same and all(torch.equal(one[key], two[key]) for key in same)
+    drawn = {"ssl": "spans", "acoustic": "wav"}.get(model, "hidden")
+    assert one[drawn].shape != other[drawn].shape or not torch.equal(one[drawn], other[drawn])
 
 
-def test_pretraining_learns(tokens):
-    _, before = gen.pretrain(DEBUG.stage1, tokens, tokens, quick(1), budget=480)
-    model, after = gen.pretrain(DEBUG.stage1, tokens, tokens, quick(120), budget=480)
-    assert after["cross_entropy"] < before["cross_entropy"] - 0.5
-    assert model.generate(torch.zeros(1, 0, dtype=torch.long), 10).shape == (1, 10)
+def test_workers_make_the_same_batches(job_of):
+    _, source, _ = recipes.BUILD["se"](job_of("se"))
+    settings = TrainSettings(frames=300)
+    alone, helped = (data.Feed(source, settings, workers=n).open() for n in (0, 2))
+    for _ in range(4):
+        one, two = next(alone), next(helped)
+        assert all(torch.equal(one[k], two[k]) for k, v in one.items() if isinstance(v, torch.Tensor))
+
+
+def test_text_is_dropped_with_the_prompt(job_of):
+    job = job_of("tts")
+    source = data.Tokens(job.tokens("train"), text=True, dropout=0.5)
+    items = np.flatnonzero(source.lengths)[:3].tolist()
+    batches = [source.batch(items, epoch=0, step=step) for step in range(40)]
+    told = [batch for batch in batches if "phones" in batch]
+    assert 10 < len(told) < 30
+    assert not any(batch["prompt"].any() for batch in batches if "phones" not in batch)
+    batch = told[0]
+    assert batch["hint"].shape == batch["tokens"].shape
+    assert (batch["phones"][:, -1] != source.tokenizer.pad_id).all()  # padding on the left
+    assert torch.equal(batch["phone_mask"], batch["phones"] != source.tokenizer.pad_id)
+
+
+def test_prompts_of_the_audio_tasks_are_never_asked_for(job_of):
+    for model in ("tse", "vc"):
+        _, source, _ = recipes.BUILD[model](job_of(model))
+        batch = source.batch(np.flatnonzero(source.lengths)[:4].tolist(), epoch=0, step=0)
+        place = torch.arange(batch["hidden"].shape[1])[None]
+        assert (batch["prompt"] > 0).all() and not (batch["hidden"] & (place < batch["prompt"][:, None])).any()
+        assert (batch["hidden"].sum(1) > 0).all()
+
+
+def test_known_tokens_are_those_of_the_audio(job_of):
+    """Target tokens from shards are what the frozen tokenizers make of the target."""
+    job = job_of("se")
+    _, source, _ = recipes.BUILD["se"](job)
+    unknown = replace(source, shards=None)
+    items = np.flatnonzero(source.lengths)[:3].tolist()
+    one, two = (s.batch(items, epoch=0, step=0) for s in (source, unknown))
+    assert "tokens" in one and "target" in two
+    made = job.frozen.tokens(two["target"], two["lengths"])
+    agree = (made == one["tokens"])[one["hidden"]].float().mean()
+    assert agree > 0.98
+
+
+# ---------------------------------------------------------------- losses by hand
+
+
+def ctc_by_hand(log_p, phones):
+    """-log of the sum over all paths (Graves 2006), in numpy; class 0 is the blank."""
+    labels = [0]
+    for p in phones:
+        labels += [p, 0]
+    alpha = np.full(len(labels), -np.inf)
+    alpha[:2] = log_p[0, labels[0]], log_p[0, labels[1]]
+    for row in log_p[1:]:
+        new = np.full_like(alpha, -np.inf)
+        for s, label in enumerate(labels):
+            ways = [alpha[s]] + ([alpha[s - 1]] if s else [])
+            if s > 1 and label and label != labels[s - 2]:
+                ways.append(alpha[s - 2])
+            new[s] = np.logaddexp.reduce(ways) + row[label]
+        alpha = new
+    return -np.logaddexp(alpha[-1], alpha[-2])
+
+
+def by_hand_ssl(job):
+    objective, source, _ = recipes.BUILD["ssl"](job)
+    batch = source.batch(np.flatnonzero(source.lengths)[:3].tolist(), epoch=0, step=0)
+    objective.eval()
+    with torch.no_grad():
+        found, counts = objective(batch), objective.counts(batch)
+        out = objective.encoder(batch["heard"], batch["lengths"], mask_time=batch["spans"])
+        masked = 0.0
+        for b, t in batch["spans"].nonzero().tolist():
+            for book, head in enumerate(objective.heads.predict):
+                latent = batch["clean"][b, t] @ objective.heads.projection[book]
+                label = int(((latent / latent.norm()) @ objective.heads.codebook[book].T).argmax())
+                masked -= float(head(out[b, t]).log_softmax(0)[label]) / 2
+        logits = objective.heads.phones(out).log_softmax(-1)
+    ctc = sum(
+        ctc_by_hand(logits[b, : int(n)].numpy(), [p + 1 for p in phones])
+        for b, (n, phones) in enumerate(zip(batch["lengths"], batch["phones"], strict=True))
+    )
+    assert counts["masked"] == int(batch["spans"].sum()) and counts["ctc"] == sum(map(len, batch["phones"]))
+    return {k: float(v) for k, v in found.items()}, {"masked": masked, "ctc": ctc}
+
+
+def by_hand_lips(job):
+    objective, source, _ = recipes.BUILD["lips"](job)
+    batch = source.batch(np.flatnonzero(source.lengths)[:2].tolist(), epoch=0, step=0)
+    objective.eval()
+    with torch.no_grad():
+        found, wanted = objective(batch), 0.0
+        for b, n in enumerate(batch["lengths"].tolist()):
+            seen = objective.encoder(batch["video"][b : b + 1, : (n + 1) // 2])
+            logits = objective.phones(tok.upsample(seen))[0, :n].log_softmax(-1)
+            wanted += ctc_by_hand(logits.numpy(), [p + 1 for p in batch["said"][b]])
+    assert min(map(len, batch["said"])) > 5
+    return {"ctc": float(found["ctc"])}, {"ctc": wanted}
+
+
+def by_hand_acoustic(job):
+    objective, source, _ = recipes.BUILD["acoustic"](job)
+    objective.codec.config = replace(objective.codec.config, quantizer_dropout=0.0)
+    batch = source.batch([0, 1, 2], epoch=0, step=0)
+    objective.now.fill_(99)
+    with torch.no_grad():
+        found = objective(batch)
+        out = objective.codec(wav := batch["wav"])
+        mel = convergence = 0.0
+        for window, bands in ((2048, 160), (1024, 80), (512, 40), (256, 20), (128, 10)):
+            filters = tok.multi_scale_mel_losses.__globals__["mel_filters"](bands, window, 24_000)
+
+            def spectrum(x, window=window, filters=filters):
+                taper = torch.hann_window(window)
+                return filters @ torch.stft(x, window, window // 4, window=taper, return_complex=True).abs()
+
+            for x, y in zip(out["recon"], wav, strict=True):
+                a, b = spectrum(x), spectrum(y)
+                mel += float((a.clamp(min=1e-5).log() - b.clamp(min=1e-5).log()).abs().mean()) / 5
+                convergence += float((a - b).norm() / b.norm()) / 5
+        real, fake = objective.critics(wav), objective.critics(out["recon"])
+        adversarial = sum(float((1 - maps[-1]).square().flatten(1).mean(1).sum()) for maps in fake)
+        features = sum(
+            float((r - f).abs().flatten(1).mean(1).sum())
+            for one, two in zip(real, fake, strict=True)
+            for r, f in zip(one[:-1], two[:-1], strict=True)
+        )
+        critics = objective({**batch, "made": out["recon"]}, "critics")
+        judged = adversarial_of(real) + sum(float(maps[-1].square().flatten(1).mean(1).sum()) for maps in fake)
+    vq = 3 * float(out["commit_loss"] + out["codebook_loss"])
+    wanted = {"mel": mel, "convergence": convergence, "vq": vq, "adversarial": adversarial, "features": features}
+    assert float(critics["critics"]) == pytest.approx(judged, rel=1e-4)
+    return {k: float(v) for k, v in found.items()}, wanted
+
+
+def adversarial_of(maps):
+    return sum(float((1 - one[-1]).square().flatten(1).mean(1).sum()) for one in maps)
+
+
+def by_hand_stage1(job):
+    """Any use of stage 1: conditions made utterance by utterance, cross-entropy in numpy."""
+    objective, source, _ = recipes.BUILD[job.model](job)
+    torch.manual_seed(1)
+    for key, p in objective.model.named_parameters():
+        if "gate" in key and p.numel() == 1:
+            torch.nn.init.ones_(p)  # else the condition tells nothing yet
+    objective.eval()
+    batch = source.batch(np.flatnonzero(source.lengths)[:3].tolist(), epoch=0, step=0)
+    model, wanted = objective.model, 0.0
+    with torch.no_grad():
+        found = objective(batch)
+        for b, n in enumerate(batch["lengths"].tolist()):
+            single = {}
+            if "condition" in batch:
+                single["condition"] = job.frozen.features(batch["condition"][b : b + 1, :n], torch.tensor([n]))
+            if "video" in batch:
+                seen = tok.upsample(objective.frozen[1](batch["video"][b : b + 1, : (n + 1) // 2]))[:, :n].clone()
+                seen[:, : int(batch["prompt"][b])] = 0
+                single["condition"] = seen
+            if "phones" in batch:
+                single["phones"] = batch["phones"][b : b + 1, batch["phone_mask"][b]]
+                single["hint"] = batch["hint"][b : b + 1, :n]
+            tokens = (
+                batch["tokens"][b : b + 1, :n]
+                if "tokens" in batch
+                else job.frozen.tokens(batch["target"][b : b + 1, :n], torch.tensor([n]))
+            )
+            hidden = batch["hidden"][b : b + 1, :n]
+            mask = batch["exists"][b : b + 1, :n] if "exists" in batch else None
+            out = model.to_logit(model(tokens, hidden, batch["t"][b : b + 1], mask=mask, **single))[0].double().numpy()
+            log_p = out - np.log(np.exp(out).sum(-1, keepdims=True))
+            wanted -= sum(log_p[t, int(tokens[0, t])] for t in range(n) if hidden[0, t])
+    return {"loss": float(found["loss"])}, {"loss": wanted}
+
+
+BY_HAND = {"ssl": by_hand_ssl, "lips": by_hand_lips, "acoustic": by_hand_acoustic}
+
+
+@pytest.mark.parametrize("model", [m for m in MODELS if m not in ("semantic", "stage2_layer1", "stage2_full")])
+def test_loss_by_hand(job_of, model):
+    found, wanted = BY_HAND.get(model, by_hand_stage1)(job_of(model))
+    assert set(found) >= set(wanted)
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=2e-4), key
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("case", ["l1_q0", "q1", "q2", "q3", "q1_noprompt"])
+def test_stage2_loss_equals_the_released_forward(case):
+    tensors = load_file(GOLDEN / "train.safetensors")
+    name, count = ("s2a_1layer", 1) if case == "l1_q0" else ("s2a_full", 4)
+    config = Stage2Config(count, count == 1, 32, 2, 4, 32, 40)
+    objective = gen.Stage2Training(config).eval()
+    prefix = f"sd_{name}/"
+    objective.model.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    io = {k.removeprefix("s2a/"): v for k, v in tensors.items() if k.startswith("s2a/")}
+    exists = io["x_mask"].bool()
+    batch = {
+        "codes": io["x0"].long(), "tokens": io["cond_code"].long(), "lengths": exists.sum(1), "t": io["t"],
+        "hidden": io[f"{case}/final_mask"].bool().reshape(exists.shape), "layer": int(case[1]) if case[0] == "q" else 0,
+        "prompt": io[f"{case}/prompt_len_used"].long().flatten().expand(len(exists)),
+    }  # fmt: skip
+    found = objective(batch)["loss"] / objective.counts(batch)["loss"]
+    torch.testing.assert_close(found, io[f"{case}/loss_masked_mean"].reshape(()), **CLOSE)
+
+
+@pytest.mark.golden
+def test_semantic_loss_and_gradients_equal_the_released_forward():
+    tensors = load_file(GOLDEN / "train.safetensors")
+    io = {k.removeprefix("repcodec/"): v for k, v in tensors.items() if k.startswith("repcodec/")}
+
+    class Given:
+        def features(self, x, lengths):
+            return x
+
+    config = SemanticCodecConfig(24, 32, 8, 16, 32, 2)
+    objective = tok.SemanticTraining(config, Given())
+    prefix = "sd_repcodec/"
+    objective.codec.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    batch = {"heard": io["x"], "lengths": torch.tensor([13, 13])}
+    terms, counts = objective(batch), objective.counts(batch)
+    torch.testing.assert_close(terms["recon_l1"] / counts["recon_l1"], io["recon_l1"].reshape(()), **CLOSE)
+    vq = io["codebook_plus_commit_official"].reshape(())
+    torch.testing.assert_close(terms["vq"] / counts["vq"], vq, **CLOSE)
+    ((terms["recon_l1"] / counts["recon_l1"]) + terms["vq"] / counts["vq"]).backward()
+    grads = {k.removeprefix("grad/"): v for k, v in io.items() if k.startswith("grad/")}
+    assert len(grads) >= 6
+    for key, value in grads.items():
+        torch.testing.assert_close(objective.codec.get_parameter(key).grad, value, atol=2e-5, rtol=1e-3)
+
+
+# ---------------------------------------------------------------- every trainer learns
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_overfits_one_batch(job_of, tmp_path, model):
+    job = job_of(model, frames=200, steps=120, warmup=10, lr=1e-2, seed=3)
+    if model == "acoustic":  # by reconstruction; the discriminators have a test of their own
+        job = replace(job, options={"seconds": 0.2}, settings=replace(job.settings, frames=20))
+    objective, source, _ = recipes.BUILD[model](replace(job, mode="full"))
+    if hasattr(objective, "check"):
+        objective.check = ()
+    items = np.flatnonzero(source.lengths)[:2].tolist()
+    feed = Repeat(source.batch(items, epoch=0, step=2))
+    settings = replace(job.settings, log_every=10)
+    loop.fit(objective, feed, settings, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    key = {"ssl": "ctc", "lips": "ctc", "semantic": "recon_l1", "acoustic": "mel"}.get(model, "loss")
+    part = {"acoustic": 0.55, "semantic": 0.85, "lips": 0.75, "ssl": 0.6}.get(model, 0.6)
+    assert lines[-1][key] < part * lines[0][key]
+
+
+def test_discriminators_and_codec_are_trained_in_turn(job_of, tmp_path):
+    job = job_of("acoustic", steps=6, log_every=1)
+    objective, source, _ = recipes.BUILD["acoustic"](job)
+    before = [p.detach().clone() for p in objective.critics.parameters()]
+    loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [("critics" in line) and ("adversarial" in line) for line in lines] == [False] * 3 + [True] * 3
+    assert any(not torch.equal(a, b) for a, b in zip(before, objective.critics.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("mode", ["lora", "adapter", "full"])
+def test_only_what_shall_train_trains(job_of, mode):
+    job = replace(job_of("se", steps=4), mode=mode)
+    base = load_state(job.out / "stage1")
+    recipes.train(job)
+    state = load_state(job.folder)
+    lora = [k for k in state if ".lora_" in k]
+    assert any(k.startswith("cond_adapter.") for k in state) and bool(lora) == (mode == "lora")
+    moved = [k for k in base if k in state and not torch.equal(base[k], state[k])]
+    assert bool(moved) == (mode == "full")
+    assert torch.equal(load_state(job.out / "stage1")["cond_emb.weight"], base["cond_emb.weight"])
+
+
+def test_trainable_parameters_are_counted_as_published():
+    """LoRA 4, 16, 32 of the paper's stage 1: 2.26, 9.04, 18.09 M; an adapter 15.74 M (on the meta device)."""
+    from metis_lib.checkpoints import TaskConfig
+    from metis_lib.config import preset
+    from metis_lib.models.stage1 import Stage1
+
+    config = preset("paper").stage1
+    with torch.device("meta"):
+        base = Stage1(config).state_dict()
+        for rank, millions in ((4, 2.26), (16, 9.04), (32, 18.09)):
+            model = Stage1(replace(config, adapter="gated"))
+            from metis_lib.models import adapt
+
+            adapt.add_lora(model, rank)
+            total = gen.choose_trained(model, base, "lora")
+            adapter = gen.choose_trained(model, base, "adapter")
+            assert (total - adapter) / 1e6 == pytest.approx(millions, abs=0.005)
+            assert adapter / 1e6 == pytest.approx(15.74, abs=0.005)
+    assert TaskConfig("se", {}, 4).lora_rank == 4
+
+
+def test_fine_tune_in_one_command(workshop, tmp_path, capsys):
+    manifest, system = workshop
+    full = tmp_path / "base"
+    shutil.copytree(system, full)
+    for part in ("stage2_layer1", "stage2_full"):
+        job = make_job(part, full, manifest, steps=2)
+        recipes.train(job)
+    out = tmp_path / "mine"
+    command = ["train", "finetune", "--task", "tts", "--from", str(full), "--data", str(manifest), "--lora", "4"]
+    code = cli.main([*command, "--out", str(out), "--steps", "4", "--frames", "300", "--device", "cpu", "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert code == 0 and answer["scores"]["finished"] and "with_condition" in answer["scores"]
+    metis = Metis.from_pretrained(out, device="cpu")
+    said = metis.speak(
+        "Go.", prompt=manifest.parent / "audio/0.wav", prompt_text="The ship is small.", seconds=0.5, steps=2
+    )
+    assert said.seconds == pytest.approx(0.5)
+    assert (out / "runs" / "tts" / "log.jsonl").is_file()
+    # the base has not changed: its files are shared, not written to
+    assert not (full / "tasks").exists()
+
+
+def test_own_data_without_a_held_out_part_is_refused(workshop, tmp_path, capsys):
+    manifest, system = workshop
+    from metis_lib.data.store import read_manifest
+
+    rows = [replace(row, split="train", path=str(row.audio)) for row in read_manifest(manifest)]
+    write_manifest(tmp_path / "mine.jsonl", rows)
+    command = ["train", "finetune", "--task", "se", "--from", str(system), "--data", str(tmp_path / "mine.jsonl")]
+    assert cli.main([*command, "--out", str(tmp_path / "out")]) == 2
+    assert "validation" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- long runs
+
+
+def stop_at(monkeypatch, step, action):
+    opened = data.Feed.open
+
+    def feed(self, first=0, *rest):
+        for at, batch in enumerate(opened(self, first, *rest), first):
+            if at == step:
+                action()
+            yield batch
+
+    monkeypatch.setattr(data.Feed, "open", feed)
+
+
+def test_a_budget_and_sigterm_end_with_a_state(job_of, monkeypatch):
+    job = job_of("stage1", steps=500)
+    found = recipes.train(job, budget="0.5s")
+    assert not found["finished"] and 0 < found["steps"] < 500
+    assert (job.out / "runs/stage1/states" / f"step-{found['steps']:08d}.ckpt").is_file()
+    with monkeypatch.context() as patch:
+        stop_at(patch, found["steps"] + 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        again = recipes.train(job)
+    assert not again["finished"] and again["steps"] in (found["steps"] + 6, found["steps"] + 7)
+    card = json.loads((job.folder / "config.json").read_text())["card"]
+    assert card["scores"]["steps"] == again["steps"]
+
+
+def test_states_are_kept_and_forgotten(job_of, tmp_path):
+    job = job_of("stage1", steps=12, save_every=2, keep=3)
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    names = sorted(path.name for path in (tmp_path / "run/states").iterdir())
+    assert names == [f"step-{n:08d}.ckpt" for n in (8, 10, 12)]
+    with pytest.raises(MetisError, match="holds a run already"):
+        loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run", resume=False)
+
+
+def test_a_full_disk_leaves_the_last_state_whole(job_of, tmp_path, monkeypatch):
+    job = job_of("stage1", steps=12, save_every=2)
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    saved = loop.Checkpoints.save
+
+    def full(self, step, state, fabric, trained):
+        if step > 4:
+
+            def no_room(path, state, filter=None):
+                Path(path).write_bytes(b"half")
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr(fabric, "save", no_room)
+        saved(self, step, state, fabric, trained)
+
+    monkeypatch.setattr(loop.Checkpoints, "save", full)
+    with pytest.raises(MetisError, match=r"No space left.*step-00000004"):
+        loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run/states").iterdir()) == [f"step-{n:08d}.ckpt" for n in (2, 4)]
+    monkeypatch.undo()
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    assert loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")["finished"]
+
+
+def test_a_damaged_state_is_named(job_of, tmp_path):
+    job = job_of("stage1", steps=4, save_every=2)
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    path = tmp_path / "run/states/step-00000004.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(MetisError, match=r"step-00000004.*delete it"):
+        loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+
+
+class Poisoned(loop.Objective):
+    def __init__(self, bad):
+        super().__init__()
+        self.line, self.bad, self.calls = torch.nn.Linear(2, 1), bad, 0
+
+    def counts(self, batch):
+        return {"loss": len(batch["x"])}
+
+    def forward(self, batch, part="model"):
+        self.calls += 1
+        return {"loss": self.line(batch["x"]).square().sum() * (torch.nan if self.calls in self.bad else 1.0)}
+
+
+def test_updates_that_are_not_finite_are_skipped_counted_and_in_the_end_an_error(tmp_path):
+    settings = TrainSettings(steps=30, warmup=1, precision="32-true", log_every=5)
+    feed = Repeat({"x": torch.ones(4, 2)})
+    found = loop.fit(Poisoned({3, 7, 8}), feed, settings, tmp_path / "some")
+    assert found["skipped"] == 3 and found["finished"]
+    objective = Poisoned(set(range(5, 100)))
+    with pytest.raises(MetisError, match="ten updates in a row.*learning rate"):
+        loop.fit(objective, feed, settings, tmp_path / "many")
+    assert torch.isfinite(objective.line.weight).all()
+
+
+def test_out_of_memory_says_what_to_lower(tmp_path):
+    class Huge(Poisoned):
+        def forward(self, batch, part="model"):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    with pytest.raises(MetisError, match="4000 frames a batch; lower frames .*or set checkpointing"):
+        loop.fit(Huge(()), Repeat({"x": torch.ones(4, 2)}), TrainSettings(steps=2), tmp_path / "run")
+
+
+def test_averaged_weights_are_what_comes_back(tmp_path):
+    settings = TrainSettings(steps=40, warmup=1, lr=0.1, schedule="constant", precision="32-true", ema=0.9)
+    objective = Poisoned(())
+    start = objective.line.weight.detach().clone()
+    weights, update = [], loop.Average.update
+
+    def spy(self, step):
+        weights.append(objective.line.weight.detach().clone())
+        update(self, step)
+
+    loop.Average.update = spy
+    try:
+        loop.fit(objective, Repeat({"x": torch.ones(4, 2)}), settings, tmp_path / "run")
+    finally:
+        loop.Average.update = update
+    wanted = start
+    for step, value in enumerate(weights):
+        decay = min(0.9, (1 + step) / (10 + step))
+        wanted = decay * wanted + (1 - decay) * value
+    torch.testing.assert_close(objective.line.weight.detach(), wanted)
+    assert not torch.equal(objective.line.weight, weights[-1])
+
+
+def test_accumulation_and_checkpointing_change_nothing(job_of, tmp_path):
+    def run(name, **changes):
+        job = job_of("stage1", steps=6, log_every=1, **changes)
+        torch.manual_seed(0)
+        objective, source, _ = recipes.BUILD["stage1"](job)
+        feed = data.Feed(source, job.settings)
+        if not changes.get("accumulate"):  # the two batches of a step as one
+            feed.open = lambda *_: joined(source, job.settings)
+        loop.fit(objective, feed, job.settings, tmp_path / name)
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    def joined(source, settings):
+        positions = data.Feed(source, settings).positions(0, 0, 1, 2)
+        while True:
+            (epoch, step, one), (_, _, two) = next(positions), next(positions)
+            yield source.batch([*one, *two], epoch=epoch, step=step)
+
+    two = run("two", accumulate=2)
+    one = run("one")
+    assert two == pytest.approx(one, abs=2e-5)
+    assert run("recomputed", accumulate=2, checkpointing=True) == pytest.approx(two, abs=2e-5)
+
+
+def test_the_log_is_cut_where_a_run_goes_on(job_of, tmp_path):
+    job = job_of("stage1", steps=10, log_every=1, save_every=4)
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    (tmp_path / "run/states/step-00000010.ckpt").unlink()
+    before = (tmp_path / "run/log.jsonl").read_text().splitlines()
+    objective, source, _ = recipes.BUILD["stage1"](job)
+    loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
+    after = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in after] == list(range(1, 11))
+    assert [line["loss"] for line in after] == [json.loads(line)["loss"] for line in before]
+    assert list((tmp_path / "run/tensorboard").glob("events.*"))
+
+
+# ---------------------------------------------------------------- kills and processes
+
+
+class Victim:
+    """A process that trains in children which die when told to (tests/training_jobs.py)."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.training_jobs"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, cwd=GOLDEN.parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        self.errors = []
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+
+    def train(self, job, kill_at=None, in_save=False, **settings):
+        order = {"model": job.model, "out": str(job.out), "manifest": str(job.manifest), "kill_at": kill_at}
+        print(json.dumps(order | {"in_save": in_save, "settings": settings}), file=self.process.stdin, flush=True)
+        while not (line := self.process.stdout.readline()).startswith("{"):
+            if not line:
+                raise AssertionError("".join(self.errors[-20:]))
+        found = json.loads(line)
+        assert found["code"] == 0, "".join(self.errors[-20:])
+        return found["signal"]
 
 
 @pytest.fixture(scope="module")
-def base(tokens):
-    model, _ = gen.pretrain(DEBUG.stage1, tokens, tokens, quick(40), budget=480)
-    return model.state_dict()
+def victim():
+    made = Victim()
+    yield made
+    made.process.kill()
 
 
-def test_enhancement_reads_its_condition_and_leaves_the_base_alone(tokens, features, base):
-    config = TaskConfig("se", SE.stage1, lora_rank=4)
-    model, scores = gen.fine_tune(
-        SE, config, DEBUG.stage1, base, tokens, tokens, quick(150, lr=1e-2), pad=127,
-        features=features, held_out_features=features, budget=480,
-    )  # fmt: skip
-    assert scores["with_condition"] < scores["without"] - 0.5
-    for key, value in model.state_dict().items():
-        plain = key.replace(".base_layer.", ".")
-        if plain in base:
-            assert torch.equal(value, base[plain]), key
-    added = gen.task_state(model, base)
-    assert set(added) == set(adapt.lora_state(model)) | {k for k in added if k.startswith("cond_adapter.")}
+def undisturbed_and_killed(workshop, tmp_path, victim, model, kills):
+    """The files of a run that nobody stopped, and of one killed at random steps and in saves."""
+    manifest, system = workshop
+    settings = {"steps": 24, "save_every": 3, "log_every": 1, "frames": 200 if model != "acoustic" else 30}
+    if model == "acoustic":
+        settings |= {"validate_every": 8}
+    rng = np.random.default_rng(sum(map(ord, model)))
+    places = {}
+    for name in ("whole", "killed"):
+        shutil.copytree(system, tmp_path / name)
+        if model in ("ssl", "semantic", "acoustic", "stage1", "lips"):
+            for part in ("ssl", "semantic_codec", "acoustic_codec", "stage1", "lips"):
+                if part.startswith(model):
+                    shutil.move(tmp_path / name / part, tmp_path / f"{name}-{part}")
+        places[name] = make_job(model, tmp_path / name, manifest, **settings)
+    assert victim.train(places["whole"], **settings) == 0
+    died = 0
+    for k in range(kills):
+        at = int(rng.integers(2 * k, 2 * k + 3)) if kills > 3 else int(rng.integers(8 * k + 1, 8 * k + 8))
+        died += victim.train(places["killed"], at, in_save=k % 3 == 2, **settings) == signal.SIGKILL
+    assert victim.train(places["killed"], **settings) == 0
+    return died, *(places[name] for name in ("whole", "killed"))
 
 
-def test_text_to_speech_reads_its_text(tokens, base):
-    changes = {**TTS.stage1, "phone_vocab": 32, "text_hint": "even"}
-    config = TaskConfig("tts", changes, lora_rank=4)
-    _, scores = gen.fine_tune(TTS, config, DEBUG.stage1, base, tokens, tokens, quick(150, lr=1e-2), pad=31, budget=480)
-    assert scores["with_condition"] < scores["without"] - 0.3
+def same_run(one, two):
+    logs = []
+    for job in (one, two):
+        lines = [json.loads(line) for line in (job.out / "runs" / job.model / "log.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+        assert [line["step"] for line in lines] == list(range(1, 25))
+    files = [{p.name: p.read_bytes() for p in job.folder.glob("*.safetensors")} for job in (one, two)]
+    return logs[0] == logs[1] and files[0] == files[1] and bool(files[0])
 
 
-def test_phones_are_padded_on_the_left(tokens):
-    record = dict(tokens.items[0])
-    batch = gen.collate(tokens, [0, 1], pad=31)
-    assert batch.phones[0, -1] == record["phones"][-1] and batch.hint.shape == batch.tokens.shape[:2]
-    assert torch.equal(batch.phone_mask, batch.phones != 31)
+@pytest.mark.parametrize("model", ["stage1", "acoustic", "vc"])
+def test_killed_three_times_and_resumed_bit_for_bit(workshop, tmp_path, victim, model):
+    died, one, two = undisturbed_and_killed(workshop, tmp_path, victim, model, 3)
+    assert died == 3 and same_run(one, two)
 
 
-@pytest.mark.parametrize("part", ["stage2_layer1", "stage2_full"])
-def test_stage2_trainer_learns(tokens, part):
-    config = replace(getattr(DEBUG, part), num_quantizers=1 if part == "stage2_layer1" else 4)
-    _, before = gen.train_stage2(config, tokens, tokens, quick(1), budget=480)
-    _, after = gen.train_stage2(config, tokens, tokens, quick(80), budget=480)
-    assert after["cross_entropy"] < before["cross_entropy"] - 0.5
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_killed_ten_times_and_resumed_bit_for_bit(workshop, tmp_path, victim, model):
+    died, one, two = undisturbed_and_killed(workshop, tmp_path, victim, model, 10)
+    assert died >= 8 and same_run(one, two)
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["stage1", pytest.param("ssl", marks=pytest.mark.slow), pytest.param("stage2_full", marks=pytest.mark.slow)],
+)
+def test_two_processes_follow_one(workshop, tmp_path, model):
+    manifest, system = workshop
+    losses = []
+    for name, world in (("one", 1), ("two", 2)):
+        shutil.copytree(system, tmp_path / name)
+        settings = {
+            "steps": 50,
+            "log_every": 1,
+            "frames": 150,
+            "accumulate": 2 // world,
+            "lr": 1e-3,
+            "save_minutes": 99,
+        }
+        order = {"model": model, "out": str(tmp_path / name), "manifest": str(manifest), "settings": settings}
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+        command = command if world > 1 else [sys.executable]
+        subprocess.run(
+            [*command, "-m", "tests.training_jobs", json.dumps(order)], check=True, cwd=GOLDEN.parent.parent,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, timeout=300,
+        )  # fmt: skip
+        lines = (tmp_path / name / "runs" / model / "log.jsonl").read_text().splitlines()
+        key = "masked" if model == "ssl" else "loss"
+        losses.append([json.loads(line)[key] for line in lines])
+    assert len(losses[0]) == 50 and losses[0][-1] < losses[0][0]
+    np.testing.assert_allclose(losses[1], losses[0], atol=1.5e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- the queue
+
+
+@pytest.fixture()
+def small_queue(workshop, tmp_path, monkeypatch):
+    manifest, system = workshop
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    shutil.copytree(system, tmp_path / "home/runs/little")
+    pieces = [{"model": "stage1", "settings": {"steps": 40}}, {"model": "se", "settings": {"steps": 3}, "rank": 4}]
+    path = tmp_path / "queue.json"
+    queue.write(path, {"system": "little", "preset": "debug", "data": "test", "licence": "none", "pieces": pieces})
+    return path, manifest
+
+
+def test_queue_takes_piece_after_piece_and_writes_down_what_came_of_it(small_queue):
+    path, manifest = small_queue
+    part = queue.run_next(path, manifest=manifest, budget="0.2s")
+    assert part["state"] == "part" and 0 < part["steps"] < 40 and part["score"]["cross_entropy"] > 0
+    shutil.rmtree(queue.home(queue.read(path)) / "runs")  # the state is lost, the weights are there
+    whole = queue.run_next(path, manifest=manifest)
+    assert (whole["number"], whole["state"], whole["steps"]) == (0, "done", 40)
+    task = queue.run_next(path, manifest=manifest)
+    assert task["model"] == "se" and {"with_condition", "without"} <= set(task["score"])
+    text = queue.table(queue.read(path))
+    assert text.count("done") == 2 and queue.next_piece(queue.read(path)) is None
+    with pytest.raises(MetisError, match="nothing is left"):
+        queue.run_next(path, manifest=manifest)
+
+
+def test_queue_can_be_paused(small_queue):
+    path, _ = small_queue
+    with pytest.raises(MetisError, match="nobody works"):
+        queue.pause(path, True)
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (queue.home(queue.read(path)) / "queue.pid").write_text(str(sleeper.pid))
+
+    def state():
+        return Path(f"/proc/{sleeper.pid}/stat").read_text().split()[2]
+
+    if Path("/proc/self/stat").exists():
+        for paused, letter in ((True, "T"), (False, "S")):
+            assert queue.pause(path, paused) == sleeper.pid
+            for _ in range(50):
+                if state() == letter:
+                    break
+                time.sleep(0.05)
+            assert state() == letter
+    sleeper.kill()
+
+
+def test_the_queue_of_nano_is_well_formed():
+    path = Path(__file__).parent.parent / "recipes/nano/queue.json"
+    found = queue.read(path)
+    assert {entry["model"] for entry in found["pieces"]} == set(MODELS)
+    for entry in found["pieces"]:
+        recipes.settings_for(entry["model"], found["preset"], **entry.get("settings", {}))
+
+
+def test_every_preset_has_settings_for_every_model():
+    for name in ("paper", "nano", "debug"):
+        for model in MODELS:
+            if (name, model) not in (("paper", "ssl"), ("paper", "lips")):
+                assert recipes.settings_for(model, name).steps > 0
+    with pytest.raises(MetisError, match="no training settings"):
+        recipes.settings_for("ssl", "huge")
+    assert DEBUG.name == "debug"

@@ -242,19 +242,23 @@ class Simulated(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.usable)
 
+    def make(self, which: int, generator: np.random.Generator) -> Example:
+        """The example of utterance ``which`` of the pool; MetisError where it cannot be used."""
+        u = self.pool[which]
+        first = int(generator.integers(max(len(u.wav) - self.longest, 0) + 1))
+        u = replace(u, wav=u.wav[first : first + self.longest])
+        example = SIMULATORS[self.task](u, generator, self.sources, self.params)
+        return replace(example, done={"first": first} | example.done)
+
     def __getitem__(self, i: int) -> Example:
         i, epoch, failed = range(len(self))[i], int(self._epoch), dict[str, str]()
         if self._order[0] != epoch:  # four numbers: no item's key
             self._order = epoch, np.random.default_rng((self.seed, epoch, 0, 1)).permutation(self.usable)
         for which in (int(self._order[1][(i + k) % len(self)]) for k in range(min(len(self), 10))):
             try:
-                u, generator = self.pool[which], np.random.default_rng((self.seed, epoch, i))
-                first = int(generator.integers(max(len(u.wav) - self.longest, 0) + 1))
-                u = replace(u, wav=u.wav[first : first + self.longest])
-                example = SIMULATORS[self.task](u, generator, self.sources, self.params)
+                example = self.make(which, np.random.default_rng((self.seed, epoch, i)))
             except MetisError as error:
                 failed[self.pool.ids[which]] = str(error)
                 continue
-            said = {"epoch": epoch, "item": i, "first": first, "instead_of": failed}
-            return replace(example, done=said | example.done)
+            return replace(example, done={"epoch": epoch, "item": i, "instead_of": failed} | example.done)
         raise MetisError(f"the utterances cannot be used, the last one for: {[*failed.values()][-1]}")

@@ -1,7 +1,7 @@
 """Own recordings to a checked manifest: a folder, a CSV or JSONL list, or Lhotse manifests.
 
 Nothing is copied: the rows refer to the recordings where they lie.  Every recording is decoded once
-(:mod:`metis_lib.data.checks`); what cannot be used is left out and listed with its reason.  ``build_manifest`` writes::
+(:mod:`metis_lib.data.report`); what cannot be used is left out and listed with its reason.  ``build_manifest`` writes::
 
     manifest.jsonl   what can be used (metis_lib.data.store)
     refused.jsonl    what was left out: id, path, reason, detail
@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metis_lib.data import checks
+from metis_lib.data import report
+from metis_lib.data.report import UNKNOWN, sentence_key
 from metis_lib.data.store import SPLITS, Row, parse_row, write_jsonl, write_manifest
 from metis_lib.errors import MetisError
 
@@ -32,8 +33,6 @@ COLUMNS = (
     "id", "path", "start", "end", "text", "language", "speaker", "licence", "split", "source", "human", "video"
 )  # fmt: skip
 """What a list may say of a recording; only ``path`` must be there."""
-UNKNOWN = "unknown"
-"""The speaker of recordings of which nobody says who speaks."""
 MIN_SPEAKERS = 10
 """From so many speakers on whole speakers are held out."""
 _GENERIC = {"wav", "wavs", "audio", "clips", "flac", "mp3", "recordings"}
@@ -151,13 +150,13 @@ def lhotse_entries(source: Path) -> Iterator[Entry]:
             where = Path(recording.sources[0].source).expanduser()
             where = path.parent / where if (path.parent / where).is_file() else where
             for said in cut.supervisions or [None]:
-                start, seconds = cut.start + (said.start if said else 0.0), said.duration if said else cut.duration
-                whole = abs(start) < 0.005 and abs(seconds - recording.duration) < 0.02
+                start, seconds = cut.start + (said.start if said else 0.0), (said or cut).duration
                 entry: Entry = {"id": (said or cut).id, "path": str(where)}
-                entry |= {} if whole else {"start": round(start, 4), "end": round(start + seconds, 4)}
+                if abs(start) >= 0.005 or abs(seconds - recording.duration) >= 0.02:
+                    entry |= {"start": round(start, 4), "end": round(start + seconds, 4)}
                 about = {k: getattr(said, k, None) for k in ("text", "speaker", "language")}
-                entry |= {k: v for k, v in about.items() if v}
-                yield entry | ({"split": split} if all(splits) else {})
+                about["split"] = split if all(splits) else None
+                yield entry | {k: v for k, v in about.items() if v}
 
 
 def read_source(source: Path, notes: list[str]) -> list[Entry]:
@@ -180,11 +179,6 @@ def read_source(source: Path, notes: list[str]) -> list[Entry]:
 
 
 # ---------------------------------------------------------------- splits
-
-
-def sentence_key(text: str) -> str:
-    """What makes two sentences the same: their letters and digits, whatever their case."""
-    return "".join(c for c in text.casefold() if c.isalnum())
 
 
 def divide(weights: Mapping[str, float], shares: Sequence[float], seed: int) -> dict[str, str]:
@@ -220,11 +214,12 @@ def assign_splits(
     if any("split" in e for e in entries):
         notes.append("splits as the source gives them")
         return [e.get("split") for e in entries]
-    speakers, sentences = Counter[str](), Counter[str]()
+    speakers, sentences, voices = Counter[str](), Counter[str](), defaultdict[str, set[str]](set)
     keys = [sentence_key(e["text"]) or f"path:{e['path']}" for e in entries]
     for entry, key in zip(entries, keys, strict=True):
         speakers[entry["speaker"]] += entry["seconds"]
         sentences[key] += entry["seconds"]
+        voices[key].add(entry["speaker"])
     known = len(set(speakers) - {UNKNOWN})
     if hold_out == "sentence" or (hold_out == "auto" and known < MIN_SPEAKERS):
         notes.append(
@@ -232,15 +227,12 @@ def assign_splits(
         )
         given = divide(sentences, shares, seed)
         return [given[key] for key in keys]
-    voice = divide(speakers, shares, seed)
-    heard: dict[str, set[str]] = defaultdict(set)
-    for entry, key in zip(entries, keys, strict=True):
-        heard[key].add(voice[entry["speaker"]])
+    split = divide(speakers, shares, seed)
     # a sentence that speakers of several splits say stays with one of them
-    shared = divide({k: sentences[k] for k in sentences if len(heard[k]) > 1}, shares, seed)
-    held = Counter(voice.values())
+    several = {k: sentences[k] for k in sentences if len({split[speaker] for speaker in voices[k]}) > 1}
+    shared, held = divide(several, shares, seed), Counter(split.values())
     notes.append(f"{known} known speakers: {held['validation']} held out for validation, {held['test']} for test")
-    splits = [voice[e["speaker"]] for e in entries]
+    splits = [split[e["speaker"]] for e in entries]
     return [s if shared.get(k, s) == s else None for s, k in zip(splits, keys, strict=True)]
 
 
@@ -284,43 +276,41 @@ def build_rows(
     out = Path(out).expanduser()
     if len(splits) != 3 or min(splits) < 0 or splits[0] <= 0:
         raise MetisError(f"splits are three shares, of train, validation and test, not {tuple(splits)}")
-    if hold_out not in ("auto", "speaker", "sentence") or set(keep) - set(checks.SOFT):
-        raise MetisError(f"hold out auto, speaker or sentence; keep some of {', '.join(checks.SOFT)}")
+    if hold_out not in ("auto", "speaker", "sentence") or set(keep) - set(report.SOFT):
+        raise MetisError(f"hold out auto, speaker or sentence; keep some of {', '.join(report.SOFT)}")
     given = sum("split" in e for e in entries)
     if 0 < given < sum("reason" not in e for e in entries):
         raise MetisError(f"{given} of {len(entries)} recordings have a split; give it to all or to none")
     rows = [_clean(e, out) for e in entries]
     here = [r for r in rows if "reason" not in r]
     say(f"{len(rows)} recordings; looking at each")
-    found = checks.measure_all(
-        [(r["path"], r["start"], r["end"]) for r in here], out, out / "facts.jsonl", workers, say
-    )
-    ids, sounds = set[str](), dict[str, str]()
+    spans = [(r["path"], r["start"], r["end"]) for r in here]
+    found = report.measure_all(spans, out, out / "facts.jsonl", workers, say)
+    ids, sounds, good = set[str](), dict[str, str](), []
     for row, facts in zip(here, found, strict=True):
         row["text"], row["language"] = row.get("text", ""), row.get("language", language)
         row["language"] = _LANGUAGES.get(row["language"].lower(), row["language"])
         row["speaker"] = speaker or row.get("speaker", UNKNOWN)
-        row |= {k: facts[k] for k in ("reason", "detail") if k in facts}
-        if "reason" in row:
+        if "reason" in facts:
+            row |= {k: facts[k] for k in ("reason", "detail")}
             continue
-        warned = checks.warnings_of(facts, row["text"], row["language"])
-        hard = [(name, warned[name]) for name in checks.SOFT if name in warned and name not in keep]
-        if row["id"] in ids:
-            hard.append(("same id", checks.REASONS["same id"]))
+        warned = report.warnings_of(facts, row["text"], row["language"])
         if facts["sound"] in sounds:
             warned["same sound"] = f"as {sounds[facts['sound']]}"
-            hard += [] if "same sound" in keep else [("same sound", warned["same sound"])]
+        hard = {name: warned[name] for name in report.SOFT if name in warned and name not in keep}
+        hard |= {"same id": report.REASONS["same id"]} if row["id"] in ids else {}
         if hard:
-            row["reason"], row["detail"] = hard[0]
+            row["reason"] = next(reason for reason in report.REASONS if reason in hard)
+            row["detail"] = hard[row["reason"]]
             continue
         ids.add(row["id"])
         sounds.setdefault(facts["sound"], row["id"])
         facts["warnings"], row["seconds"] = warned, facts["seconds"]
-    good = [r for r in here if "reason" not in r]
+        good.append(row)
     notes = list(notes)
     for row, split in zip(good, assign_splits(good, splits, hold_out, seed, notes), strict=True):
         row["split"] = split
-        row |= {} if split else {"reason": "held-out text", "detail": checks.REASONS["held-out text"]}
+        row |= {} if split else {"reason": "held-out text", "detail": report.REASONS["held-out text"]}
     refused = [{k: r[k] for k in ("id", "path", "reason", "detail")} for r in rows if "reason" in r]
     write_jsonl(out / "refused.jsonl", refused)
     write_jsonl(out / "facts.jsonl", ({"id": r["id"]} | f for r, f in zip(here, found, strict=True)))
@@ -348,7 +338,7 @@ def build_manifest(source: str | os.PathLike[str], out: str | os.PathLike[str], 
         out: folder that gets the manifest.
         options: ``language`` and ``licence`` of recordings that state none; ``speaker`` of them all; ``splits``,
             the shares of train, validation and test; ``hold_out``, see :func:`assign_splits`; ``seed``; ``workers``
-            (threads); ``keep``, reasons of :data:`checks.SOFT` that shall only warn; ``say``, called with lines.
+            (threads); ``keep``, reasons of :data:`report.SOFT` that shall only warn; ``say``, called with lines.
 
     Raises:
         MetisError: no such source, no recording in it, none that can be used, or impossible options.

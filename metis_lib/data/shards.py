@@ -350,16 +350,27 @@ class Shards:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return path, data, _read(path.with_suffix(".json"))["members"]
 
-    def __getitem__(self, i: int) -> tuple[Any, ...]:
+    def _bytes(self, i: int) -> tuple[Path, list[bytes]]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         shard = int(np.searchsorted(self.ends, i % len(self), side="right"))
         path, data, members = self._open(shard)
         spans = members[i % len(self) - self.ends[shard]][2:]  # counted from the shard's end
+        return path, [data[start : start + size] for start, size in spans]
+
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        path, (record, *arrays) = self._bytes(i)
         try:
-            record, *arrays = (data[start : start + size] for start, size in spans)
             return json.loads(record), *(np.load(io.BytesIO(array)) for array in arrays)
         except (ValueError, EOFError) as error:
+            raise MetisError(f"{path} {AGAIN}") from error
+
+    def record(self, i: int) -> dict[str, Any]:
+        """What is known of item ``i``, without its tokens."""
+        path, (record, *_) = self._bytes(i)
+        try:
+            return json.loads(record)
+        except ValueError as error:
             raise MetisError(f"{path} {AGAIN}") from error
 
     def lengths(self) -> np.ndarray:

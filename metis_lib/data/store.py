@@ -247,38 +247,3 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
 def wave(store: FlatStore, i: int) -> Tensor:
     """Recording ``i`` of a wave store as float32 ``[S]`` in [-1, 1]."""
     return torch.from_numpy(store[i].astype(np.float32) / 32767)
-
-
-def random_crops(store: FlatStore, batch: int, samples: int, rng: np.random.Generator) -> Tensor:
-    """``[batch, samples]`` float32: recordings drawn by their duration, cut at random; shorter ones end in zeros."""
-    weights = store.ends - store.starts
-    chosen = rng.choice(len(store), size=batch, p=weights / weights.sum())
-    out = np.zeros((batch, samples), dtype=np.float32)
-    for row, i in enumerate(chosen):
-        length = store.length(int(i))
-        start = int(rng.integers(0, max(length - samples, 0) + 1))
-        piece = store[int(i)][start : start + samples]
-        out[row, : len(piece)] = piece / 32767
-    return torch.from_numpy(out)
-
-
-def frame_batches(lengths: Sequence[int], budget: int, rng: np.random.Generator, longest: int) -> Iterator[list[int]]:
-    """Endless batches of item indices with at most ``budget`` padded frames, items of like length together.
-
-    Items longer than ``longest`` frames count as ``longest`` (their crop is the reader's business).
-    """
-    size = np.minimum(np.asarray(lengths), longest)
-    while True:
-        order = np.argsort(size * rng.uniform(0.9, 1.1, len(size)), kind="stable")
-        batches: list[list[int]] = []
-        batch: list[int] = []
-        widest = 0
-        for i in order:
-            widest = max(widest, int(size[i]))
-            if batch and widest * (len(batch) + 1) > budget:
-                batches.append(batch)
-                batch, widest = [], int(size[i])
-            batch.append(int(i))
-        batches.append(batch)
-        for k in rng.permutation(len(batches)):
-            yield batches[k]

@@ -43,13 +43,13 @@ class Judge:
     def __call__(self, wav_16k: Wave) -> Any:
         if not len(wav_16k) or not np.isfinite(wav_16k).all():
             raise MetricFailure("the audio is empty or not finite")
-        if not self._unavailable:
-            try:
-                _ = self.model
-            except MetisError as error:
-                self._unavailable = f"the judge is not available: {error}"
         if self._unavailable:
             raise MetricFailure(self._unavailable)
+        try:
+            _ = self.model
+        except MetisError as error:
+            self._unavailable = f"the judge is not available: {error}"
+            raise MetricFailure(self._unavailable) from error
         return self.judge(wav_16k)
 
     def judge(self, wav_16k: Wave) -> Any:
@@ -74,14 +74,9 @@ class WhisperJudge(Judge):
 
     def judge(self, wav_16k: Wave) -> str:
         segments, _ = self.model.transcribe(
-            np.ascontiguousarray(wav_16k[: 30 * JUDGE_RATE]),
-            language="en",
-            beam_size=5,
-            temperature=0.0,
-            condition_on_previous_text=False,
-            without_timestamps=True,
-            max_new_tokens=160,
-        )
+            np.ascontiguousarray(wav_16k[: 30 * JUDGE_RATE]), language="en", beam_size=5, temperature=0.0,
+            condition_on_previous_text=False, without_timestamps=True, max_new_tokens=160,
+        )  # fmt: skip
         return " ".join(segment.text.strip() for segment in segments).strip()
 
 
@@ -140,15 +135,13 @@ class DnsmosJudge(Judge):
         while len(wav_16k) < cls.WINDOW:
             wav_16k = np.concatenate([wav_16k, wav_16k])
         count = int(len(wav_16k) // JUDGE_RATE - cls.WINDOW / JUDGE_RATE) + 1
-        return np.stack([wav_16k[start : start + cls.WINDOW] for start in range(0, count * JUDGE_RATE, JUDGE_RATE)])
+        return np.lib.stride_tricks.sliding_window_view(wav_16k, cls.WINDOW)[::JUDGE_RATE][:count]
 
     def judge(self, wav_16k: Wave) -> dict[str, float]:
         windows = self.windows(np.clip(wav_16k, -1.0, 1.0).astype(np.float32))
         raw = np.concatenate([self.model.run(None, {"input_1": window[None]})[0] for window in windows])
-        return {
-            key: float(np.polyval(polynomial, raw[:, column]).mean())
-            for column, (key, polynomial) in enumerate(self.POLYNOMIALS.items())
-        }
+        fits = zip(self.POLYNOMIALS.items(), raw.T, strict=True)
+        return {key: float(np.polyval(polynomial, scores).mean()) for (key, polynomial), scores in fits}
 
 
 class NSNet2:

@@ -7,9 +7,10 @@ A metric that cannot be computed raises :class:`MetricFailure` with a reason: ``
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,43 +21,20 @@ JUDGE_RATE = 16_000
 MAX_DELAY_MS = 50.0
 """Generated speech is aligned by at most this delay before PESQ and STOI."""
 
-WER = "wer/whisper-base-int8-norm@1"
-WER_CORPUS = "wer/whisper-base-int8-norm-corpus@1"
-SIM = "sim/ecapa-voxceleb@1"
-DNSMOS = "dnsmos/p835-2022@1"
-PESQ = "pesq/wb-p862.2-align50ms@1"
-STOI = "stoi/pystoi-align50ms@1"
-
-PROTOCOLS: dict[str, str] = {
-    WER: "faster-whisper base int8, English, beam 5, temperature 0, no timestamps, first 30 s; both texts by "
-    "whisper-normalizer English; mean of the utterances' rates (macro, as Seed-TTS does); fraction",
-    WER_CORPUS: f"transcripts of {WER}; all word errors divided by all reference words; fraction",
-    SIM: "cosine of SpeechBrain ECAPA-TDNN (VoxCeleb) embeddings of whole recordings, one at a time",
-    DNSMOS: "DNSMOS P.835 (2022 model), polyfit, non-personalised, mean over 9.01 s windows, hop 1 s",
-    PESQ: "P.862.2 wide band at 16 kHz against the clean recording, a delay of at most 50 ms removed "
-    "(cross-correlation of waveforms, of envelopes where phases differ); above 3 at "
-    "a STOI below 0.5 is a failure (P.862 found no speech to compare); it "
-    "punishes phase and timing of generated speech, so read it with care",
-    STOI: "pystoi (not extended) against the clean recording, aligned as for PESQ; same caution",
-}
-METRICS: dict[str, str] = {
-    "wer": WER,
-    "wer_corpus": WER_CORPUS,
-    "sim_prompt": SIM,
-    "sim_target": SIM,
-    "sim_other": SIM,
-    "dnsmos_sig": DNSMOS,
-    "dnsmos_bak": DNSMOS,
-    "dnsmos_ovrl": DNSMOS,
-    "pesq_wb": PESQ,
-    "stoi": STOI,
-}
+_TABLES = json.loads(Path(__file__).with_name("protocols.json").read_text(encoding="utf-8"))
+PROTOCOLS: dict[str, str] = _TABLES["protocols"]
+"""Protocol id to what it means."""
+METRICS: dict[str, str] = {key: about["protocol"] for key, about in _TABLES["metrics"].items()}
 """Metric key to protocol id."""
+LABELS: dict[str, str] = {key: about["label"] for key, about in _TABLES["metrics"].items()}
+BETTER: dict[str, str] = {key: about["better"] for key, about in _TABLES["metrics"].items()}
+"""An arrow; empty for the control ``sim_other``, the similarity to somebody else, which must be low."""
+TASKS: dict[str, dict[str, Any]] = _TABLES["tasks"]
+"""Task to its title, its metrics and its systems that are not the model."""
+SYSTEM_ABOUT: dict[str, str] = _TABLES["systems"]
+WER, SIM, DNSMOS, PESQ, STOI = (METRICS[key] for key in ("wer", "sim_other", "dnsmos_sig", "pesq_wb", "stoi"))
 TaskSummary = dict[str, dict[str, dict[str, Any]]]
 """``{system: {metric: {mean, ci95, n, n_failed, protocol}}}``; ``mean`` and ``ci95`` are null at n = 0."""
-LOWER_IS_BETTER = frozenset({"wer", "wer_corpus"})
-"""``sim_other`` is neither: it is the control, the similarity to somebody else, and must be low."""
-
 Wave = NDArray[np.float32]
 
 
@@ -195,8 +173,7 @@ MIN_SPEAKERS = 8
 RESAMPLES = 10_000
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A mean (or ratio) with its 95 % interval; ``ci95`` is None below two resampling units."""
 
     mean: float
@@ -228,14 +205,9 @@ def ratio_interval(
     if len(top) < 2:
         return Estimate(mean, None, len(numerators), unit)
     interval = bootstrap(
-        (top, bottom),
-        lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis),
-        paired=True,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+        (top, bottom), lambda a, b, axis: a.sum(axis=axis) / b.sum(axis=axis), paired=True, vectorized=True,
+        n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
     return Estimate(mean, (float(interval.low), float(interval.high)), len(numerators), unit)
 
 

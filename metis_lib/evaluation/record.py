@@ -1,10 +1,9 @@
-"""What a run writes besides its numbers: atomic files, content hashes and provenance."""
+"""What a run writes besides its numbers: JSON, content hashes and provenance."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -24,20 +23,11 @@ _VERSIONS = (
 )
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file beside and rename it, so that nobody sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; NaN and infinity are refused."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    from metis_lib.data.store import write_text  # and torch with it, which `metis lab` need not wait for
+
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
@@ -59,24 +49,22 @@ def sha256_files(paths: Iterable[Path], base: Path) -> str:
 
 
 def code_hash(*names: str) -> str:
-    """Hash of the library's own files ``names`` (files or folders of the package), for cache keys."""
+    """Hash of the library's own code and tables ``names`` (files or folders of the package), for cache keys."""
     places = [PACKAGE / name for name in names]
-    files = (file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place]))
-    return sha256_files(files, PACKAGE)
+    files = [file for place in places for file in ([place] if place.is_file() else place.rglob("*.[pj]*"))]
+    return sha256_files((file for file in files if file.suffix in (".py", ".json")), PACKAGE)
 
 
 def checkpoint_hashes(checkpoint: str) -> dict[str, str | None]:
     """Hashes of a system's weights and configurations (None: a system without files, such as debug)."""
     from metis_lib.checkpoints import locate
 
+    kinds = {"checkpoint_sha256": "*.safetensors", "config_sha256": "*.json"}
     try:
         folder = locate(checkpoint)
     except MetisError:
-        return {"checkpoint_sha256": None, "config_sha256": None}
-    return {
-        "checkpoint_sha256": sha256_files(folder.rglob("*.safetensors"), folder),
-        "config_sha256": sha256_files(folder.rglob("*.json"), folder),
-    }
+        return dict.fromkeys(kinds)
+    return {key: sha256_files(folder.rglob(pattern), folder) for key, pattern in kinds.items()}
 
 
 def _version(package: str) -> str | None:
@@ -99,22 +87,21 @@ def provenance(checkpoint: str, manifest: Path) -> dict[str, Any]:
 
     changes = git("status", "--porcelain", "--", ".", ":!results")
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
-        **checkpoint_hashes(checkpoint),
-        "manifest_sha256": sha256_file(manifest),
+        "commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
+        **checkpoint_hashes(checkpoint), "manifest_sha256": sha256_file(manifest),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
-    }
+    }  # fmt: skip
 
 
 def peak_memory() -> dict[str, int]:
     """Peak memory of this process in bytes, and of the accelerator if torch has used one."""
     import resource  # not on Windows
 
+    import torch
+
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         peak["peak_device_memory_bytes"] = int(torch.cuda.max_memory_allocated())
     return peak
 

@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import base64
 import difflib
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metis_lib import notebook
+from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import metrics, record
-from metis_lib.evaluation.metrics import TaskSummary
-from metis_lib.evaluation.systems import SYSTEM_ABOUT, Item, load_items
+from metis_lib.evaluation.metrics import LABELS, PROTOCOLS, TASKS, TaskSummary
+from metis_lib.evaluation.systems import load_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-TITLES = {"codec": "Codec", "se": "Speech enhancement", "tts": "Zero-shot text to speech"}
-LABELS = {
-    "wer": "WER (mean)",
-    "wer_corpus": "WER (corpus)",
-    "sim_prompt": "SIM prompt",
-    "sim_target": "SIM target",
-    "sim_other": "SIM other (control)",
-    "dnsmos_sig": "SIG",
-    "dnsmos_bak": "BAK",
-    "dnsmos_ovrl": "OVRL",
-    "pesq_wb": "PESQ",
-    "stoi": "STOI",
-}
-_BEFORE = {"se": ("noisy", "clean"), "codec": ("recording",), "tts": ("recording",)}
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 """What stands around the results in README.md."""
 
@@ -79,7 +64,7 @@ def text_table(summary: dict[str, TaskSummary]) -> str:
     for task, systems in summary.items():
         shown = table(systems).T.assign(protocol=list(check_protocols(systems).values()))
         text = shown.to_string(na_rep="", col_space=10)
-        parts.append(f"{TITLES[task]} (n = {_count(systems)}; mean [95 % interval])\n{text}")
+        parts.append(f"{TASKS[task]['title']} (n = {_count(systems)}; mean [95 % interval])\n{text}")
     return "\n\n".join(parts)
 
 
@@ -89,33 +74,23 @@ def plot_scores(rows: Sequence[dict[str, Any]], summary: TaskSummary) -> Figure:
     import pandas
     import seaborn
 
-    shown = [metric for metric in check_protocols(summary) if metric != "wer_corpus"]
-    systems = list(summary)
-    across = min(3, len(shown))
-    down = -(-len(shown) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=(3.2 * across, (0.3 * len(systems) + 0.9) * down), sharey=True, squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    frame = pandas.DataFrame(rows)
-    palette = dict(zip(systems, seaborn.color_palette("colorblind", len(systems)), strict=True))
-    for axis, metric in zip(axes.flat, shown, strict=False):
-        values = frame.assign(**{metric: pandas.to_numeric(frame[metric])})
-        seaborn.stripplot(
-            values, x=metric, y="system", order=systems, hue="system", palette=palette, size=3.5, alpha=0.7,
-            legend=False, ax=axis, jitter=0.15,
+    shown, systems = [metric for metric in check_protocols(summary) if metric != "wer_corpus"], list(summary)
+    frame = pandas.DataFrame(rows).melt(["system"], shown, "metric").astype({"value": float})
+    height = 0.3 * len(systems) + 0.9
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid has a layout of its own
+        grid = seaborn.catplot(
+            frame, kind="strip", x="value", y="system", order=systems, hue="system", hue_order=systems, col="metric",
+            col_order=shown, col_wrap=min(3, len(shown)), sharex=False, palette="colorblind", size=3.5, alpha=0.7,
+            jitter=0.15, legend=False, height=height, aspect=3.2 / height,
         )  # fmt: skip
-        for place, system in enumerate(systems):
-            entry = summary[system][metric]
-            if entry["mean"] is not None and entry["ci95"]:
-                axis.hlines(place, *entry["ci95"], color="black", linewidth=2.5, zorder=5)
+    for metric, axis in grid.axes_dict.items():
+        axis.set(title=LABELS[metric], xlabel="", ylabel="")
+        for place, entry in enumerate(summary[system][metric] for system in systems):
             if entry["mean"] is not None:
                 axis.plot(entry["mean"], place, "|", color="black", markersize=12, zorder=6)
-        axis.set(title=LABELS[metric], xlabel="", ylabel="")
-    for axis in axes.flat[len(shown) :]:
-        axis.set_visible(False)
-    plt.close(figure)
-    return figure
+                axis.hlines(place, *(entry["ci95"] or [entry["mean"]] * 2), color="black", linewidth=2.5, zorder=5)
+    plt.close(grid.figure)
+    return grid.figure
 
 
 def transcript_html(text: str, heard: str | None) -> str:
@@ -148,49 +123,27 @@ def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | 
 
     The page holds its audio (Ogg Vorbis) and its plots: one file, no network.  Its layout is ``page.html``.
     """
-    import jinja2
-
     notebook.style()
     out = Path(out)
-    tasks = []
+    tasks: list[dict[str, Any]] = []
     for task, systems in summary.items():
-        rows = {system: read_rows(out, task, system) for system in systems}
-        shown: dict[str, Any] = {"name": task, "title": TITLES[task], "table": table(systems).to_html(border=0)}
-        shown["systems"] = {system: SYSTEM_ABOUT.get(system, "the model") for system in systems}
-        shown["plot"] = _png(plot_scores([row for some in rows.values() for row in some], systems))
-        shown["utterances"] = [(item, _clips(out, item, rows)) for item in load_items(testset, task, limit)]
-        tasks.append(shown)
+        rows = [row for system in systems for row in read_rows(out, task, system)]
+        tasks.append({
+            "name": task, "title": TASKS[task]["title"], "table": table(systems).to_html(border=0),
+            "systems": {system: metrics.SYSTEM_ABOUT.get(system, "the model") for system in systems},
+            "plot": plot_scores(rows, systems),
+            "utterances": [
+                (item, [row for row in rows if row["id"] == item.id]) for item in load_items(testset, task, limit)
+            ],
+        })  # fmt: skip
     used = sorted({e["protocol"] for t in summary.values() for entries in t.values() for e in entries.values()})
-    values = {"tasks": tasks, "protocols": {protocol: metrics.PROTOCOLS[protocol] for protocol in used}}
-    values["commit"] = _commit(record.read_json(out / "run.json") or {})
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("page.html")
-    text = page.render(values, player=notebook.player_html, transcript=transcript_html)
-    record.write_atomic(out / "index.html", text)
+    text = notebook.page(
+        Path(__file__).with_name("page.html"), tasks=tasks, labels=LABELS, out=out, transcript=transcript_html,
+        protocols={protocol: PROTOCOLS[protocol] for protocol in used},
+        commit=_commit(record.read_json(out / "run.json") or {}),
+    )  # fmt: skip
+    write_text(out / "index.html", text)
     return out / "index.html"
-
-
-def _clips(out: Path, item: Item, rows: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What the page shows of an item: a clip for every system and seed, the input and the best possible first."""
-    first = [system for system in _BEFORE[item.task] if system in rows]
-    shown = ("wer", "sim_prompt", "sim_target", "dnsmos_ovrl", "pesq_wb", "stoi")
-    clips = []
-    for system in dict.fromkeys([*first, *rows]):
-        for row in (row for row in rows[system] if row["id"] == item.id):
-            clip: dict[str, Any] = {"name": system if row["seed"] in (None, 0) else f"{system}, seed {row['seed']}"}
-            clip["path"] = out / item.task / system / row["audio"] if row["audio"] else None
-            clip["heard"] = row["heard"]
-            scores = {LABELS[m].replace(" (mean)", ""): row[m] for m in shown if row.get(m) is not None}
-            clip["scores"] = [f"{label} {value:.2f}" for label, value in scores.items()]
-            clip["failures"] = [f"{m}: {row[f'{m}_error']}" for m in LABELS if row.get(f"{m}_error")]
-            clips.append(clip)
-    return clips
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=90)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _commit(run: dict[str, Any]) -> str:
@@ -206,30 +159,26 @@ def readme_results(summary: dict[str, TaskSummary], run: dict[str, Any]) -> str:
     protocols = check_protocols({f"{task} {name}": found for task in summary for name, found in summary[task].items()})
     protocols.pop("wer_corpus", None)
     columns = [metric for metric in LABELS if metric in protocols]
-    arrows = {metric: " ↓" if metric in metrics.LOWER_IS_BETTER else " ↑" for metric in columns}
-    arrows["sim_other"] = ""  # the control
-    lines = [f"| | {' | '.join(LABELS[metric] + arrows[metric] for metric in columns)} |"]
-    lines.append("|---|" + "---:|" * len(columns))
+    rows = [["", *(f"{LABELS[metric]} {metrics.BETTER[metric]}".strip() for metric in columns)]]
+    rows.append(["---", *["---:"] * len(columns)])
     for task, systems in summary.items():
-        lines.append(f"| **{TITLES[task]}** |" + " |" * len(columns))
+        rows.append([f"**{TASKS[task]['title']}**", *[""] * len(columns)])
         for system, entries in systems.items():
             found = (entries.get(metric) for metric in columns)
-            cells = (cell(entry, "<br><sub>{:.2f} to {:.2f}</sub>", "") if entry else "" for entry in found)
-            lines.append(f"| {system} | {' | '.join(cells)} |")
-    many = ", ".join(f"{_count(systems)} of {TITLES[task].lower()}" for task, systems in summary.items())
-    weights = (run.get("checkpoint_sha256") or "none")[:12]
-    lines += [
-        "",
-        f"Mean and 95 % bootstrap interval over utterances ({many}); rates are fractions; empty: not asked of "
-        f"the task. Code {_commit(run)}, weights {weights}, test set {run['manifest_sha256'][:12]}.",
-        "",
-        "<details><summary>How it was measured</summary>",
-        "",
-        *(f"- `{protocol}`: {metrics.PROTOCOLS[protocol]}" for protocol in dict.fromkeys(protocols.values())),
-        "",
-        "</details>",
-    ]
-    return "\n".join(lines)
+            rows.append([system, *(cell(e, "<br><sub>{:.2f} to {:.2f}</sub>", "") if e else "" for e in found)])
+    many = ", ".join(f"{_count(systems)} of {TASKS[task]['title'].lower()}" for task, systems in summary.items())
+    meanings = "\n".join(f"- `{protocol}`: {PROTOCOLS[protocol]}" for protocol in dict.fromkeys(protocols.values()))
+    lines = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""{lines}
+
+Mean and 95 % bootstrap interval over utterances ({many}); rates are fractions; empty: not asked of the task. \
+Code {_commit(run)}, weights {(run.get("checkpoint_sha256") or "none")[:12]}, test set {run["manifest_sha256"][:12]}.
+
+<details><summary>How it was measured</summary>
+
+{meanings}
+
+</details>"""
 
 
 def fill_readme(readme: Path, text: str) -> Path:
@@ -244,5 +193,5 @@ def fill_readme(readme: Path, text: str) -> Path:
     if whole.count(BEGIN) != 1 or whole.count(END) != 1 or whole.index(BEGIN) > whole.index(END):
         raise MetisError(f"{readme.name} lacks the markers {BEGIN} … {END}, once each")
     before, after = whole.split(BEGIN)[0], whole.split(END)[1]
-    record.write_atomic(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
+    write_text(readme, f"{before}{BEGIN}\n{text}\n{END}{after}")
     return readme

@@ -1,23 +1,225 @@
-"""The papermill runner: one kernel per task's notebook, then one summary, one record and one page.
+"""An evaluation: the notebook of every task in a papermill kernel, then one summary, one record and one page.
 
-Every kernel is a process of its own, which ends with this one; a failed notebook is kept with its error and
-does not stop the others, but the run ends with an error.
+The notebooks call :func:`run_task`, which lets systems work, lets judges listen and writes the scores.  Verdicts are
+cached by the contents of what was judged: a second run has almost nothing to do.  Every kernel is a process of its
+own, which ends with this one; a failed notebook is kept with its error and does not stop the others, but the run
+ends with an error.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import functools
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+import soundfile
+
+from metis_lib import audio
+from metis_lib.assets import metis_home
+from metis_lib.data.store import write_jsonl
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import record, report
-from metis_lib.evaluation.systems import TASKS, check_systems, load_items, systems_of, testset_folder
+from metis_lib.evaluation import judges, metrics, record, report
+from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS, MetricFailure, TaskSummary
+from metis_lib.evaluation.systems import Clip, Item, Systems, choose_systems, load_items, produce, testset_folder
+from metis_lib.notebook import progress
+
+# --- one task --------------------------------------------------------------------------------------------
+
+
+class Verdicts:
+    """Verdicts of judges on files, cached under ``$METIS_HOME/cache/judges`` by the files' contents."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder, self.reused, self.computed = folder or metis_home() / "cache" / "judges", 0, 0
+        self._code = record.code_hash("audio.py", "evaluation/judges.py", "evaluation/metrics.py")
+        self._hash = functools.cache(record.sha256_file)
+        self._memory: dict[str, Any] = {}
+
+    def get(self, protocol: str, judge: Callable[..., Any], *paths: Path) -> Any:
+        """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised.
+
+        Failures are not cached: what could not be judged is tried again by the next run.
+        """
+        key = record.sha256_of([protocol, self._code, *map(self._hash, paths)])
+        if key in self._memory:
+            return self._memory[key]
+        file = self.folder / protocol.replace("/", "_") / key[:2] / f"{key}.json"
+        stored = record.read_json(file)
+        self.reused, self.computed = self.reused + bool(stored), self.computed + (not stored)
+        try:
+            if not stored:
+                stored = {"verdict": judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths))}
+                record.write_json(file, stored)
+        except (MetricFailure, MetisError, ValueError) as failure:
+            stored = {"verdict": MetricFailure((str(failure) or type(failure).__name__).splitlines()[0])}
+        self._memory[key] = stored["verdict"]
+        return self._memory[key]
+
+
+def score(clips: Sequence[Clip], *, verdicts: Verdicts | None = None) -> list[dict[str, Any]]:
+    """One row of JSON types per clip: every metric as a number, or ``null`` with ``<metric>_error``.
+
+    Judges work one after the other, each loaded once and released; ``heard`` is what the WER judge heard.
+    """
+    task, keys = clips[0].item.task, TASKS[clips[0].item.task]["metrics"]
+    ask = (verdicts or Verdicts()).get
+    rows = [_row(clip) for clip in clips]
+    for row in rows:
+        if row["error"] is not None:
+            _put(row, **dict.fromkeys(keys, MetricFailure(f"no audio: {row['error']}")))
+
+    def each(protocol: str, judge: judges.Judge | None = None) -> Iterator[tuple[Path, Item, dict[str, Any]]]:
+        """Clips that have audio; after the last one the judge is released."""
+        heard = [(clip.path, clip.item, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
+        yield from progress(heard, f"{task}: {protocol}")
+        if judge:
+            judge.release()
+
+    whisper = judges.WhisperJudge()
+    for path, item, row in each(metrics.WER, whisper):
+        _put_words(row, item.text, ask(metrics.WER, whisper, path))
+    speaker = judges.SpeakerJudge()
+    for path, item, row in each(metrics.SIM, speaker):
+        for key in (key for key in keys if key.startswith("sim_")):
+            voices = [ask(metrics.SIM, speaker, voice) for voice in (path, item.reference(key)) if voice]
+            failed = [voice for voice in voices if isinstance(voice, MetricFailure)]
+            if len(voices) < 2:
+                failed = [MetricFailure("the test set has no other speaker here")]
+            _put(row, **{key: failed[0] if failed else metrics.cosine(*voices)})
+    dnsmos = judges.DnsmosJudge()
+    for path, _, row in each(metrics.DNSMOS, dnsmos):
+        verdict = ask(metrics.DNSMOS, dnsmos, path)
+        _put(row, **(verdict if isinstance(verdict, dict) else dict.fromkeys(dnsmos.POLYNOMIALS, verdict)))
+    if "stoi" in keys:
+        for path, item, row in each(f"{metrics.PESQ}, {metrics.STOI}"):
+            _put(row, pesq_wb=ask(metrics.PESQ, metrics.pesq_wb, item.clean, path))
+            _put(row, stoi=ask(metrics.STOI, metrics.stoi, item.clean, path))
+    return rows
+
+
+def _row(clip: Clip) -> dict[str, Any]:
+    """What is known of a clip before anybody judges it."""
+    item, path = clip.item, clip.path
+    return {
+        "id": item.id, "system": clip.system, "seed": clip.seed, "speaker": item.speaker, "text": item.text,
+        "heard": None, "audio": f"audio/{path.name}" if path else None,
+        "sha256": record.sha256_file(path) if path else None,
+        "seconds": round(soundfile.info(str(path)).duration, 4) if path else None,
+        "seconds_to_make": clip.seconds_to_make, "error": clip.error, "word_errors": None, "words": None,
+    }  # fmt: skip
+
+
+def _put(row: dict[str, Any], **values: float | MetricFailure) -> None:
+    """Numbers, or ``null`` and a reason each."""
+    for key, value in values.items():
+        good = not isinstance(value, MetricFailure) and bool(np.isfinite(value))
+        row[key] = round(float(value), 6) if good else None  # type: ignore[arg-type]
+        if not good:
+            row[f"{key}_error"] = str(value) if isinstance(value, MetricFailure) else f"not a finite number ({value})"
+
+
+def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure) -> None:
+    """What was heard, its word errors and their rate."""
+    if isinstance(heard, MetricFailure):
+        return _put(row, wer=heard)
+    row["heard"] = heard
+    try:
+        row["word_errors"], row["words"] = counts = metrics.word_errors(text, heard)
+        _put(row, wer=counts.rate)
+    except MetricFailure as failure:
+        _put(row, wer=failure)
+
+
+def summarise(rows: Sequence[dict[str, Any]], task: str) -> TaskSummary:
+    """Means with intervals over the utterances of every system; see ``TaskSummary``."""
+    wer, *others = TASKS[task]["metrics"]
+    summary: TaskSummary = {}
+    for system in dict.fromkeys(row["system"] for row in rows):
+        mine = [row for row in rows if row["system"] == system]
+        summary[system] = {key: _entry(mine, key) for key in (wer, "wer_corpus", *others)}
+    return summary
+
+
+def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    value, weight = ("word_errors", "words") if key == "wer_corpus" else (key, None)
+    good = [row for row in rows if row[value] is not None]
+    entry: dict[str, Any] = {"mean": None, "ci95": None, "n": len(good), "n_failed": len(rows) - len(good)}
+    if good:
+        weights = [row[weight] if weight else 1.0 for row in good]
+        speakers, ids = [row["speaker"] for row in good], [row["id"] for row in good]
+        estimate = metrics.ratio_interval([row[value] for row in good], weights, speakers, ids)
+        entry["mean"] = round(estimate.mean, 6)
+        entry["ci95"] = [round(value, 6) for value in estimate.ci95] if estimate.ci95 else None
+    return entry | {"protocol": metrics.METRICS[key]}
+
+
+def save(rows: Sequence[dict[str, Any]], task: str, out: str | Path, *, allow_missing: bool = False) -> TaskSummary:
+    """Write ``<out>/<task>/<system>/utterances.jsonl`` and ``<out>/<task>/summary.json``; return the summary.
+
+    Raises:
+        MetisError: (after writing) a system gave no audio for some item, unless ``allow_missing``.
+    """
+    folder, summary = Path(out) / task, summarise(rows, task)
+    for old in folder.glob("*/utterances.jsonl"):
+        if old.parent.name not in summary:
+            old.unlink()
+    for system in summary:
+        write_jsonl(folder / system / "utterances.jsonl", (row for row in rows if row["system"] == system))
+    record.write_json(folder / "summary.json", summary)
+    missing = [f"{row['system']}/{row['id']}: {row['error']}" for row in rows if row["error"]]
+    if missing and not allow_missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise MetisError(f"no audio from {missing[0]}{more}; pass allow_missing to accept this")
+    return summary
+
+
+@dataclass
+class TaskResult:
+    """What :func:`run_task` gives to its notebook."""
+
+    task: str
+    items: list[Item]
+    rows: list[dict[str, Any]]
+    summary: TaskSummary
+    out: Path
+
+    def clip(self, item: Item, system: str) -> Path | None:
+        """The audio of ``system`` for ``item`` (its first seed)."""
+        names = [row["audio"] for row in self.rows if row["id"] == item.id and row["system"] == system and row["audio"]]
+        return self.out / self.task / system / names[0] if names else None
+
+
+def run_task(
+    task: str, *, testset: str | Path, out: str | Path, systems: Sequence[str] = (), seeds: Sequence[int] = (0,),
+    limit: int | None = None, checkpoint: str = "nano", device: str = "auto", allow_missing: bool = False,
+) -> TaskResult:  # fmt: skip
+    """All steps of one task and their record in ``<out>/<task>/run.json`` (no ``systems``: all of them)."""
+    started = time.perf_counter()
+    items = load_items(testset, task, limit)
+    maker, verdicts = Systems(checkpoint, device), Verdicts()
+    chosen = choose_systems(task, systems, checkpoint)
+    rows = score(produce(items, chosen, out, seeds=seeds, maker=maker), verdicts=verdicts)
+    units = metrics.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
+    settings = {"systems": chosen, "seeds": list(seeds), "limit": limit, "checkpoint": checkpoint}
+    run = {
+        "task": task, "settings": settings, "settings_sha256": record.sha256_of(settings), "items": len(items),
+        "bootstrap": {"units": units, "resamples": metrics.RESAMPLES, "interval": "percentile, 95 %"},
+        "device": maker.used_device, "verdicts": {"computed": verdicts.computed, "reused": verdicts.reused},
+        "wall_s": round(time.perf_counter() - started, 2), **record.peak_memory(),
+        **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
+    }  # fmt: skip
+    record.write_json(Path(out) / task / "run.json", run)
+    return TaskResult(task, items, rows, save(rows, task, out, allow_missing=allow_missing), Path(out))
+
+
+# --- all tasks, by their notebooks ------------------------------------------------------------------------
 
 
 class EvaluationFailed(MetisError):
@@ -52,61 +254,30 @@ def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], 
         raise MetisError(f"{notebook.name} has no parameter {', '.join(unknown)}; it knows {', '.join(known)}")
     executed.parent.mkdir(parents=True, exist_ok=True)
     log.parent.mkdir(parents=True, exist_ok=True)
-    partial, reason = executed.with_name(f".{executed.name}"), None
-    with open(log, "w") as output, _environment_of_kernels():
+    # kernels find this library and their own packages first, print progress in lines and spin no idle threads
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(record.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "JUPYTER_PREFER_ENV_PATH": "1", "METIS_PLAIN_PROGRESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+    }  # fmt: skip
+    with open(log, "w") as output, mock.patch.dict(os.environ, environment):
         try:
             papermill.execute_notebook(
-                record.relative(notebook),
-                record.relative(partial),
-                dict(parameters),
-                kernel_name="python3",
-                progress_bar=False,
-                stdout_file=output,
-                stderr_file=output,
-            )
+                record.relative(notebook), record.relative(executed), dict(parameters), kernel_name="python3",
+                progress_bar=False, stdout_file=output, stderr_file=output,
+            )  # fmt: skip
         except Exception as error:  # an error of a cell, or a kernel that died: the other notebooks go on
             lines = str(error).strip().splitlines() or [type(error).__name__]
             output.write("\n".join(lines) + "\n")
-            reason = lines[-1][:300]
-    if partial.is_file():
-        document = json.loads(partial.read_text())
-        document["metadata"]["papermill"]["output_path"] = record.relative(executed)
-        record.write_json(executed, document)
-        partial.unlink()
-    return reason
-
-
-@contextlib.contextmanager
-def _environment_of_kernels() -> Iterator[None]:
-    """Kernels find this library and their own packages first, print progress in lines and spin no idle threads."""
-    before = dict(os.environ)
-    paths = [str(record.ROOT), *filter(None, [before.get("PYTHONPATH")])]
-    os.environ |= {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "JUPYTER_PREFER_ENV_PATH": "1",
-        "METIS_PLAIN_PROGRESS": "1",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        "OMP_WAIT_POLICY": before.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
+            return lines[-1][:300]
+    return None
 
 
 def evaluate(
-    tasks: Sequence[str] = TASKS,
-    systems: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
-    testset: str | Path = "human",
-    out: str | Path = "results/evaluation",
-    *,
-    seeds: Sequence[int] = (0,),
-    limit: int | None = None,
-    checkpoint: str = "nano",
-    device: str = "auto",
-    allow_missing: bool = False,
-) -> dict[str, Any]:
+    tasks: Sequence[str] = tuple(TASKS), systems: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    testset: str | Path = "human", out: str | Path = "results/evaluation", *, seeds: Sequence[int] = (0,),
+    limit: int | None = None, checkpoint: str = "nano", device: str = "auto", allow_missing: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate ``tasks`` and return ``{task: {system: {metric: {mean, ci95, n, n_failed, protocol}}}}``.
 
     Args:
@@ -129,18 +300,18 @@ def evaluate(
     for task in tasks:
         load_items(testset, task, limit)
         asked = systems.get(task) if isinstance(systems, Mapping) else systems
-        chosen[task] = list(asked) if asked else systems_of(task, checkpoint)
-        check_systems(task, chosen[task], checkpoint)
+        chosen[task] = choose_systems(task, asked, checkpoint)
     if not chosen or not seeds or len(set(seeds)) < len(seeds):
         raise MetisError("name at least one task and one seed, each once")
     failures: dict[str, str] = {}
     for task, names in chosen.items():
         for old in ("summary.json", "run.json"):
             (folder / task / old).unlink(missing_ok=True)
-        parameters: dict[str, Any] = {"task": task, "systems": names}
-        parameters |= {"testset": record.relative(testset_folder(testset)), "out": record.relative(folder)}
-        parameters |= {"seeds": list(seeds), "limit": limit or 0}
-        parameters |= {"checkpoint": checkpoint, "device": device, "allow_missing": allow_missing}
+        parameters = {
+            "task": task, "systems": names, "testset": record.relative(testset_folder(testset)),
+            "out": record.relative(folder), "seeds": list(seeds), "limit": limit or 0, "checkpoint": checkpoint,
+            "device": device, "allow_missing": allow_missing,
+        }  # fmt: skip
         print(f"{task}: {', '.join(names)} ...", file=sys.stderr, flush=True)
         begin = time.perf_counter()
         executed, log = folder / "executed" / f"{task}.ipynb", folder / "logs" / f"{task}.log"
@@ -152,14 +323,10 @@ def evaluate(
     found = {task: record.read_json(folder / task / "summary.json") for task in chosen}
     summary = {task: values for task, values in found.items() if values is not None}
     run = {
-        **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
-        "seeds": list(seeds),
-        "limit": limit,
-        "checkpoint": checkpoint,
-        "wall_s": round(time.perf_counter() - started, 2),
-        "failed": failures,
-        "tasks": {task: record.read_json(folder / task / "run.json") for task in chosen},
-    }
+        **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"), "seeds": list(seeds),
+        "limit": limit, "checkpoint": checkpoint, "wall_s": round(time.perf_counter() - started, 2),
+        "failed": failures, "tasks": {task: record.read_json(folder / task / "run.json") for task in chosen},
+    }  # fmt: skip
     record.write_json(folder / "run.json", run)
     record.write_json(folder / "summary.json", summary)
     report.write_page(folder, summary, testset, limit)

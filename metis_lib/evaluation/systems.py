@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,24 +21,10 @@ from metis_lib.assets import metis_home
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import NSNet2
-from metis_lib.evaluation.metrics import JUDGE_RATE
+from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
 from metis_lib.pipeline import Metis
 
-TASKS = ("codec", "se", "tts")
-FIXED_SYSTEMS = {
-    "codec": ("recording", "resynthesis"),
-    "se": ("clean", "noisy", "resynthesis", "nsnet2"),
-    "tts": ("recording", "resynthesis"),
-}
-"""Systems of a task that are not the model (see :func:`systems_of`)."""
-SYSTEM_ABOUT = {
-    "recording": "the recording itself: what a perfect system would get from these judges",
-    "clean": "the clean recording: what a perfect system would get from these judges",
-    "noisy": "the input",
-    "resynthesis": "the clean recording through the acoustic codec: the ceiling of every system that uses it",
-    "nsnet2": "NSNet2, a recurrent denoiser (DNS challenge baseline), 16 kHz, nothing above 8 kHz",
-}
 _MODEL_CODE = ("audio.py", "config.py", "pipeline.py", "checkpoints.py", "models", "tokenizers", "tasks")
 
 
@@ -113,47 +100,44 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     speakers = sorted(voices)
     items = []
     for row in list(rows.values())[:limit]:
-        paths = {key: (folder / row[key]).resolve() for key in ("clean", "noisy", "prompt") if row.get(key)}
-        for path in paths.values():
-            if not path.is_file():
-                raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
         neighbour = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
-        other = (folder / voices[neighbour]).resolve() if neighbour != row["speaker"] else None
-        texts = {key: row.get(key, "") for key in ("id", "task", "speaker", "text", "prompt_text")}
-        extra = {key: value for key, value in row.items() if key not in texts and key not in paths}
-        items.append(Item(**texts, **paths, other=other, extra=extra))
+        row["other"] = voices[neighbour] if neighbour != row["speaker"] else None
+        row |= {key: (folder / row[key]).resolve() for key in ("clean", "noisy", "prompt", "other") if row.get(key)}
+        for path in row.values():
+            if isinstance(path, Path) and not path.is_file():
+                raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
+        known = {key: row[key] for key in Item.__dataclass_fields__ if row.get(key)}
+        extra = {key: value for key, value in row.items() if key not in Item.__dataclass_fields__}
+        items.append(Item(**known | {"extra": extra}))
     return items
 
 
 def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
     """All systems of a task: the fixed rows and, except for the codec, the model (named as its folder)."""
-    return [*FIXED_SYSTEMS[task], *([] if task == "codec" else [Path(checkpoint).name])]
+    return [*TASKS[task]["systems"], *([] if task == "codec" else [Path(checkpoint).name])]
 
 
-def check_systems(task: str, systems: Sequence[str], checkpoint: str) -> None:
-    """Raise a MetisError if a system is unknown or named twice."""
+def choose_systems(task: str, asked: Sequence[str] | None, checkpoint: str) -> list[str]:
+    """The systems that are asked for, or all; a MetisError if one is unknown or named twice."""
     known = systems_of(task, checkpoint)
-    unknown = [system for system in systems if system not in known]
-    if unknown or len(set(systems)) < len(systems) or not systems:
-        what = f"unknown system {unknown[0]!r}" if unknown else "no system, or one twice,"
+    unknown = [system for system in asked or () if system not in known]
+    if unknown or len(set(asked or ())) < len(asked or ()):
+        what = f"unknown system {unknown[0]!r}" if unknown else "a system twice"
         raise MetisError(f"{what} for the task {task}; choose among {', '.join(known)}")
+    return list(asked or known)
 
 
 class Systems:
     """Makes audio: every system is a function of an item and a seed; models load at their first use."""
 
     def __init__(self, checkpoint: str = "nano", device: str = "auto") -> None:
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self._nsnet2 = checkpoint, device, NSNet2()
         self._hashes = record.checkpoint_hashes(checkpoint)
         self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
 
     @functools.cached_property
     def _metis(self) -> Metis:
         return Metis.from_pretrained(self.checkpoint, device=self.device)
-
-    @functools.cached_property
-    def _nsnet2(self) -> NSNet2:
-        return NSNet2()
 
     @property
     def used_device(self) -> str:
@@ -164,20 +148,14 @@ class Systems:
         """The file of the test set that a system is, or None if it has to be made."""
         return {"recording": item.clean, "clean": item.clean, "noisy": item.noisy}.get(system)
 
-    def is_model(self, system: str, task: str) -> bool:
-        """Whether ``system`` is the generative model (and has seeds)."""
-        return system not in FIXED_SYSTEMS[task]
-
     def key(self, system: str, item: Item, seed: int | None) -> str:
         """Hash of everything that the audio depends on."""
         inputs = [item.noisy if item.task == "se" and system != "resynthesis" else item.clean, item.prompt]
         parts: dict[str, Any] = {
-            "system": "model" if self.is_model(system, item.task) else system,
-            "task": item.task,
+            "system": system if system in TASKS[item.task]["systems"] else "model", "task": item.task,
             "inputs": [record.sha256_file(path) if path else None for path in inputs],
-            "texts": [item.text, item.prompt_text],
-            "seed": seed,
-        }
+            "texts": [item.text, item.prompt_text], "seed": seed,
+        }  # fmt: skip
         if system == "nsnet2":
             parts["code"] = self._code["nsnet2"]
         elif self.source(system, item) is None:
@@ -198,50 +176,39 @@ class Systems:
 
 
 def produce(
-    items: Sequence[Item],
-    systems: Sequence[str],
-    out: str | Path,
-    *,
-    seeds: Sequence[int] = (0,),
+    items: Sequence[Item], systems: Sequence[str], out: str | Path, *, seeds: Sequence[int] = (0,),
     maker: Systems | None = None,
-) -> list[Clip]:
+) -> list[Clip]:  # fmt: skip
     """Audio of every system for every item under ``<out>/<task>/<system>/audio``; what is there is kept.
 
     An item that a system refuses (a MetisError) becomes a clip without a path that carries the reason.
     """
     task, maker = items[0].task, maker or Systems()
-    check_systems(task, systems, maker.checkpoint)
-    jobs = [
-        (system, item, seed)
-        for system in systems
-        for seed in (seeds if maker.is_model(system, task) else (None,))
-        for item in items
-    ]
+    chosen = choose_systems(task, systems, maker.checkpoint)
+    seeds_of = {system: (None,) if system in TASKS[task]["systems"] else seeds for system in chosen}
+    jobs = [(system, seed, item) for system in chosen for seed in seeds_of[system] for item in items]
     clips = []
-    for system, item, seed in progress(jobs, f"{task}: audio"):
-        folder = Path(out) / task / system / "audio"
-        stem = item.id if seed is None else f"{item.id}.seed{seed}"
-        source = maker.source(system, item)
-        path = folder / f"{stem}{source.suffix if source else '.flac'}"
-        note_path = folder / f"{stem}.json"
-        key = maker.key(system, item, seed)
-        note = record.read_json(note_path)
+    for system, seed, item in progress(jobs, f"{task}: audio"):
+        path = Path(out) / task / system / "audio" / (item.id if seed is None else f"{item.id}.seed{seed}")
+        source, note_path = maker.source(system, item), path.with_name(f"{path.name}.json")
+        path = path.with_name(f"{path.name}{source.suffix if source else '.flac'}")
+        key, note = maker.key(system, item, seed), record.read_json(note_path)
         if note and note["key"] == key and path.is_file() and record.sha256_file(path) == note["sha256"]:
             clips.append(Clip(item, system, seed, path, note["seconds_to_make"]))
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start, took = time.perf_counter(), None
         try:
             if source:
-                record.write_atomic(path, source.read_bytes())
+                shutil.copyfile(source, path)
             else:
                 made = maker.make(system, item, seed)
                 audio.write(path, made.wav, made.sample_rate)
+                took = round(time.perf_counter() - start, 3)
         except MetisError as error:
             path.unlink(missing_ok=True)
             clips.append(Clip(item, system, seed, None, error=str(error)))
             continue
-        took = None if source else round(time.perf_counter() - start, 3)
         record.write_json(note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took})
         clips.append(Clip(item, system, seed, path, took))
     return clips

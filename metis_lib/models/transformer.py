@@ -29,17 +29,34 @@ def mlp(width_in: int, width: int) -> nn.Sequential:
 
 
 def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``[..., T, head_dim]`` (float32) for integer ``positions [..., T]``."""
+    """Cosines and sines ``[..., T, head_dim]`` (float32) for integer ``positions [..., T]``.
+
+    The first half of the sines is negative, as :func:`rotate` wants it.
+    """
     k = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
     angle = positions.float()[..., None] * (1.0 / 10_000.0 ** (k / head_dim))
-    angle = torch.cat([angle, angle], dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, rotate-half form."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary position embedding, rotate-half form; ``cos`` and ``sin`` of :func:`rotary_table`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """``softmax(q k^T / sqrt(D)) v`` of ``[B, N, T, D]``; ``mask [B, 1, 1, T]`` True where a key may be seen.
+
+    Training on a CPU writes it out: PyTorch's fused kernel is three times slower there, forward and backward
+    together, for the price of keeping the ``B N T^2`` probabilities.
+    """
+    if q.device.type != "cpu" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    batch, heads = q.shape[:2]
+    hidden = torch.zeros(batch, 1, q.shape[2]) if mask is None else torch.zeros(mask[:, 0].shape).masked_fill(~mask[:, 0], -torch.inf)
+    q, k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
+    scores = torch.baddbmm(hidden.to(q.dtype).repeat_interleave(heads, 0), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (batch, heads))
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -59,7 +76,8 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x [B, T, H]``, ``time [B, H]``."""
         scale = self.to_weight(time)[:, None]
-        return F.rms_norm(x, (x.shape[-1],), eps=self.eps) * scale.to(x.dtype)
+        out = F.rms_norm(x, (x.shape[-1],), eps=self.eps) * scale.to(x.dtype)
+        return out.to(scale.dtype)  # under autocast once, not by each of the products that follow
 
 
 class Attention(nn.Module):
@@ -81,7 +99,7 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(split).transpose(1, 2)
         v = self.v_proj(x).view(split).transpose(1, 2)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(x.shape))
 
 

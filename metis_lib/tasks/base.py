@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from metis_lib.config import DecodeSettings
+from metis_lib.config import DecodeSettings, SystemConfig
 from metis_lib.models.masked import MaskingSettings
 
 
@@ -13,8 +13,9 @@ from metis_lib.models.masked import MaskingSettings
 class Task:
     """One thing that an adapted stage 1 does (Metis section 3.5).
 
-    ``stage1`` are the fields of the stage-1 configuration that the task changes (adapter, phones);
-    ``condition_dropout`` is how often a training example loses its text, so that guidance works.
+    ``stage1`` are the fields of the stage-1 configuration that the task changes (adapter, phones); ``mixture`` the
+    tasks that its training examples come from and their shares; ``condition_dropout`` how often an example loses what
+    guidance varies: text and prompt, or the prompt.
     """
 
     name: str
@@ -25,3 +26,12 @@ class Task:
     decode: DecodeSettings = field(default_factory=DecodeSettings)
     masking: MaskingSettings = field(default_factory=MaskingSettings)
     condition_dropout: float = 0.0
+    takes_video: bool = False
+    mixture: dict[str, float] = field(default_factory=dict)
+
+    def changes(self, system: SystemConfig, *, phone_vocab: int, **more: Any) -> dict[str, Any]:
+        """The fields of ``system.stage1`` that the task changes: adapter, its input's width, phones, and ``more``."""
+        width = {} if self.stage1.get("adapter", "none") == "none" else {"cond_dim": system.ssl.hidden_size}
+        if self.takes_video:
+            width = {"cond_dim": system.lips.hidden_size}
+        return {**self.stage1, **width, **({"phone_vocab": phone_vocab} if self.takes_text else {}), **more}

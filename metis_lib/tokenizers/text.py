@@ -24,16 +24,8 @@ VOICES = {"en": "en-us"}
 """Language to espeak-ng voice."""
 
 _PLAIN = str.maketrans(dict(zip("，。！？；：、‘’⋯", ",.!?;:,''…", strict=True)))
-_MERGES = (
-    ("t ɹ", "tɹ"), ("d ɹ", "dɹ"), ("t s", "ts"), ("d z", "dz"), ("ɪ ɹ", "ɪɹ"), ("ɐ", "ɚ"), ("ᵻ", "ɪ"),
-    ("əl", "l"), ("x", "k"), ("ɬ", "l"), ("ʔ", "t"), ("n̩", "n"), ("oː ɹ", "oːɹ"),
-)  # fmt: skip
-_ABBREVIATIONS = {
-    "mrs": "misess", "mr": "mister", "dr": "doctor", "st": "saint", "co": "company", "jr": "junior", "maj": "major",
-    "gen": "general", "drs": "doctors", "rev": "reverend", "lt": "lieutenant", "hon": "honorable", "sgt": "sergeant",
-    "capt": "captain", "esq": "esquire", "ltd": "limited", "col": "colonel", "ft": "fort", "etc": "et cetera",
-    "btw": "by the way",
-}  # fmt: skip
+_ENGLISH = json.loads(Path(__file__).with_name("english.json").read_text(encoding="utf-8"))
+_ABBREVIATIONS: dict[str, str] = _ENGLISH["abbreviations"]
 _ABBREVIATED = re.compile(rf"\b({'|'.join(_ABBREVIATIONS)})\b", re.IGNORECASE)
 
 
@@ -86,11 +78,10 @@ def _dollars(match: re.Match[str]) -> str:
 
 def _fraction(match: re.Match[str]) -> str:
     top, bottom = (digits.lstrip("0") or "0" for digits in match.groups())
-    if bottom == "2":
-        return " one half " if top == "1" else f" {cardinal(top, True)} halves "
-    if bottom == "4":
-        return " one quarter " if top == "1" else f" {cardinal(top, True)} quarters "
-    return f" {cardinal(top, True)} {ordinal(bottom)} "
+    part = {"2": ("half", "halves"), "4": ("quarter", "quarters")}.get(bottom, (ordinal(bottom),) * 2)
+    if top == "1" and bottom in ("2", "4"):
+        return f" one {part[0]} "
+    return f" {cardinal(top, True)} {part[1]} "
 
 
 # A look-behind keeps the time linear in the length of a number.
@@ -117,7 +108,7 @@ def expand_english(text: str) -> str:
 def merge_phones(phones: list[str]) -> list[str]:
     """Apply the released merges and replacements, rule after rule (``t ɹ`` becomes ``tɹ``)."""
     line = f"|{'||'.join(phones)}|"  # every phone between bars of its own
-    for pattern, replacement in _MERGES:
+    for pattern, replacement in _ENGLISH["merges"]:
         line = line.replace(f"|{pattern.replace(' ', '||')}|", f"|{replacement}|")
     return [phone for phone in line.split("|") if phone]
 
@@ -155,14 +146,9 @@ def espeak(voice: str, stress: bool = False) -> Any:
     quiet = logging.getLogger("metis_lib.espeak")
     quiet.setLevel(logging.ERROR)
     return EspeakBackend(
-        voice,
-        punctuation_marks=PUNCTUATION,
-        preserve_punctuation=True,
-        with_stress=stress,
-        language_switch="remove-flags",
-        words_mismatch="ignore",
-        logger=quiet,
-    )
+        voice, punctuation_marks=PUNCTUATION, preserve_punctuation=True, with_stress=stress,
+        language_switch="remove-flags", words_mismatch="ignore", logger=quiet,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)

@@ -1,47 +1,59 @@
-"""From a corpus to what trainers read: wave, feature and token stores under ``$METIS_HOME/prepared``."""
+"""Batches for trainers: sources that make the batch of given items, and the plan of which items come when.
+
+A source knows the length of its items in frames and makes a batch from (items, epoch, step), drawing everything
+random from (seed, epoch, item) or (seed, step): the same batch on any process, in any worker, at any time.
+:class:`Feed` plans batches by frame budget, items of like length together, and reads ahead in workers.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from metis_lib import audio
 from metis_lib.assets import metis_home, sha256_file
-from metis_lib.config import AUDIO_RATE, SSL_RATE
-from metis_lib.data.simulate import Noises, Rooms, degrade
-from metis_lib.data.store import FlatStore, Row, read_manifest, store_waves, wave
+from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
+from metis_lib.data.examples import Pool, Simulated, Simulation, Sources
+from metis_lib.data.shards import Shards
+from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
+from metis_lib.data.store import FlatStore, read_manifest, store_waves
 from metis_lib.errors import MetisError
-from metis_lib.tokenizers.acoustic import AcousticCodec
-from metis_lib.tokenizers.semantic import SemanticCodec
-from metis_lib.tokenizers.ssl import SSLEncoder, fbank
+from metis_lib.models.masked import MaskingSettings, draw_masks
+from metis_lib.models.stage1 import stretch
+from metis_lib.tokenizers.ssl import SHORTEST, fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.training.loop import TrainSettings
+
+Batch = dict[str, Any]
 
 
-def corpus(name: str = "nano") -> Path:
-    """Folder of a prepared corpus."""
-    return metis_home() / "corpora" / name
+class Source(Protocol):
+    """``lengths [N]`` in frames (0: never used), ``ends`` of the shards (None: one), and batches of items."""
+
+    lengths: np.ndarray
+    ends: np.ndarray | None
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        """The batch of ``items`` in epoch ``epoch`` at optimiser step ``step``."""
+        ...
 
 
-def prepared(name: str = "nano") -> Path:
-    """Folder of what is prepared from a corpus: another one whenever its manifest changes."""
-    manifest = corpus(name) / "manifest.jsonl"
-    label = sha256_file(manifest)[:8] if manifest.is_file() else "none"
-    return metis_home() / "prepared" / f"{name}-{label}"
+def chance(*key: int) -> np.random.Generator:
+    """A numpy generator of its own for a key of whole numbers."""
+    return np.random.default_rng(key)
 
 
-def rows_of(split: str, name: str = "nano") -> list[Row]:
-    """Rows of one split of a corpus."""
-    return [row for row in read_manifest(corpus(name) / "manifest.jsonl") if row.split == split]
-
-
-def waves_of(split: str, name: str = "nano") -> FlatStore:
-    """Wave store of one split, made on first use."""
-    return store_waves(rows_of(split, name), prepared(name) / f"waves-{split}")
+def torch_chance(*key: int) -> torch.Generator:
+    """The same as a torch generator."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -50,87 +62,442 @@ def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor
     return torch.nn.utils.rnn.pad_sequence(list(arrays), batch_first=True, padding_value=value), lengths
 
 
-def filterbanks_of(split: str, name: str = "nano") -> FlatStore:
-    """Filterbank frames ``[T, 160]`` float16 of one split, with ``phones`` (ids) in each record."""
-    folder = prepared(name) / f"filterbanks-{split}"
-    waves = waves_of(split, name)
-    if (folder / "index.json").is_file():
-        return FlatStore(folder)
-    phones = phones_of(waves)
-
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for i, item in enumerate(waves.items):
-            wav = audio.resample(wave(waves, i), AUDIO_RATE, SSL_RATE)
-            if len(wav) < SSL_RATE // 4:
-                continue
-            features, lengths = fbank([wav])
-            rows = features[0, : int(lengths[0])].numpy().astype(np.float16)
-            yield {**item, "wave": i, "phones": phones[i]}, rows
-
-    return FlatStore.write(folder, pieces())
+# ---------------------------------------------------------------- the plan
 
 
-def phones_of(waves: FlatStore) -> list[list[int]]:
-    """Phone ids of every recording of a store; empty where the text holds nothing to say."""
-    tokenizer = PhoneTokenizer()
-    out = []
-    for item in waves.items:
+def pack(items: np.ndarray, lengths: np.ndarray, frames: int) -> list[list[int]]:
+    """Cut a sequence of items into batches of at most ``frames`` padded frames (or one item)."""
+    out: list[list[int]] = []
+    batch: list[int] = []
+    widest = 0
+    for i in items.tolist():
+        wider = max(widest, int(lengths[i]))
+        if batch and wider * (len(batch) + 1) > frames:
+            out.append(batch)
+            batch, wider = [], int(lengths[i])
+        batch.append(i)
+        widest = wider
+    return [*out, batch] if batch else out
+
+
+def plan(
+    lengths: np.ndarray, frames: int, group: int, *, seed: int, epoch: int, ends: np.ndarray | None = None,
+    window: int = 100_000,
+) -> Iterator[list[list[int]]]:  # fmt: skip
+    """The global batches of one epoch, each ``group`` batches of items of like length.
+
+    Whole shards (``ends``) in random order fill a window of about ``window`` items, which is sorted by (jittered)
+    length, cut and shuffled: memory stays flat and the disk is read shard by shard.  The last group of a window is
+    filled up with batches of the same window.
+    """
+    rng = chance(seed, epoch)
+    ends = np.array([len(lengths)]) if ends is None else np.asarray(ends)
+    starts, pool, held = np.concatenate([[0], ends[:-1]]), [], 0
+    for k, block in enumerate(order := rng.permutation(len(ends))):
+        usable = starts[block] + np.flatnonzero(lengths[starts[block] : ends[block]])
+        pool.append(usable)
+        held += len(usable)
+        if held < window and k + 1 < len(order):
+            continue
+        items, pool, held = np.concatenate(pool), [], 0
+        items = items[np.argsort(lengths[items] * rng.uniform(0.9, 1.1, len(items)), kind="stable")]
+        batches = pack(items, lengths, frames)
+        while batches and len(batches) % group:
+            batches.append(batches[int(rng.integers(len(batches)))])
+        for g in rng.permutation(len(batches) // group):
+            yield batches[g * group : (g + 1) * group]
+
+
+class _Fetch(Dataset[Batch]):
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, which: tuple[int, int, list[int]]) -> Batch:
+        epoch, step, items = which
+        return self.source.batch(items, epoch=epoch, step=step)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+class Feed:
+    """The batches of a run, from any step on.
+
+    Args:
+        source: makes them.
+        settings: ``frames`` a batch and the seed.
+        workers: processes that make batches ahead (0: this one does, when asked).
+    """
+
+    def __init__(self, source: Source, settings: TrainSettings, *, workers: int = 0) -> None:
+        if not np.any(source.lengths):
+            raise MetisError("no recording can be used: all are too short, too long, or lack their text")
+        self.source, self.settings, self.workers = source, settings, workers
+
+    def positions(self, step: int, rank: int, world: int, accumulate: int) -> Iterator[tuple[int, int, list[int]]]:
+        """(epoch, step, items) of every batch of one process, from ``step`` on."""
+        at, s = 0, self.settings
+        for epoch in itertools.count():
+            groups = plan(
+                self.source.lengths, s.frames, world * accumulate, seed=s.seed, epoch=epoch, ends=self.source.ends
+            )
+            for group in groups:
+                if at >= step:
+                    for items in group[rank * accumulate : (rank + 1) * accumulate]:
+                        yield epoch, at, items
+                at += 1
+
+    def open(self, step: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[Batch]:
+        """Endless batches of process ``rank`` of ``world``, ``accumulate`` a step, from step ``step`` on."""
+        positions = self.positions(step, rank, world, accumulate)
+        if not self.workers:
+            return (self.source.batch(items, epoch=epoch, step=at) for epoch, at, items in positions)
+        loader: Any = DataLoader(
+            _Fetch(self.source), batch_size=None, sampler=positions,  # type: ignore[arg-type]
+            num_workers=self.workers, prefetch_factor=4, worker_init_fn=_one_thread,
+            multiprocessing_context="forkserver",
+        )  # fmt: skip
+        return iter(loader)
+
+    def held_out(self, count: int) -> list[Batch]:
+        """The first ``count`` batches, for validation."""
+        return list(itertools.islice(self.open(), count))
+
+
+# ---------------------------------------------------------------- where nano's data lies
+
+
+def corpus(name: str = "nano") -> Path:
+    """Folder of a prepared corpus."""
+    return metis_home() / "corpora" / name
+
+
+def prepared(manifest: Path) -> Path:
+    """Folder of what is prepared from a manifest: another one whenever it changes."""
+    if not manifest.is_file():
+        raise MetisError(f"{manifest}: no such manifest; make the nano corpus by `metis prepare nano`")
+    return metis_home() / "prepared" / sha256_file(manifest)[:12]
+
+
+def waves_of(manifest: Path, split: str) -> FlatStore:
+    """Wave store of one split of a manifest, made on first use."""
+    rows = [row for row in read_manifest(manifest) if row.split == split]
+    if not rows:
+        raise MetisError(f"{manifest} has no recordings of the split {split!r}")
+    return store_waves(rows, prepared(manifest) / f"waves-{split}")
+
+
+def sources_of(folder: Path, split: str, pool: Pool | None = None) -> Sources:
+    """Other speakers, noise and rooms of a corpus folder; held-out recordings hear held-out noise."""
+    noises = Noises.load(folder, split="train" if split == "train" else "test")
+    return Sources(pool, noises, Rooms.load(folder))
+
+
+# ---------------------------------------------------------------- sources
+
+
+@dataclass
+class Crops:
+    """Random stretches of ``frames`` frames for the acoustic codec: ``wav [B, S]``; long recordings more often."""
+
+    waves: FlatStore
+    frames: int = 30
+    seed: int = 0
+    ends: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        sizes = self.waves.ends - self.waves.starts
+        self.lengths = np.full(max(1, int(sizes.sum()) // (self.frames * HOP)), self.frames)
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        out, size = np.zeros((len(items), self.frames * HOP), np.float32), self.frames * HOP
+        for row, item in zip(out, items, strict=True):
+            rng = chance(self.seed, epoch, item)
+            i = int(np.searchsorted(self.waves.ends, rng.integers(self.waves.ends[-1]), side="right"))
+            first = int(rng.integers(max(self.waves.length(i) - size, 0) + 1))
+            piece = self.waves[i][first : first + size]
+            row[: len(piece)] = piece / 32767
+        return {"wav": torch.from_numpy(out)}
+
+
+def _heard(wav_24k: np.ndarray) -> Tensor:
+    """Filterbank frames ``[T, 160]`` of 24 kHz samples, without a last half frame."""
+    wav = audio.resample(torch.from_numpy(np.ascontiguousarray(wav_24k)), AUDIO_RATE, SSL_RATE)
+    wav = torch.nn.functional.pad(wav, (0, max(0, SHORTEST - len(wav))))
+    features, lengths = fbank([wav])
+    return features[0, : int(lengths[0])]
+
+
+def _phone_ids(texts: Sequence[str], tokenizer: PhoneTokenizer) -> list[list[int]]:
+    """Phone ids of texts; empty where a text holds nothing to say."""
+    out: list[list[int]] = []
+    for text in texts:
         try:
-            out.append(tokenizer.encode(item["text"]))
+            out.append(tokenizer.encode(text) if text else [])
         except MetisError:
             out.append([])
     return out
 
 
-def degraded_of(split: str, name: str = "nano", seed: int = 0) -> FlatStore:
-    """Filterbank frames of every recording of a split, degraded once (``done`` says how), for enhancement.
+@dataclass
+class Speech:
+    """Filterbanks for the SSL encoder and the semantic codec.
 
-    Training noise is heard in ``train``, the held-out recordings otherwise.
+    A batch: ``heard [B, T, 160]`` (degraded with probability ``noisy``), ``clean [B, T, 160]``, ``lengths [B]``,
+    ``spans [B, T]`` (frames to hide, about ``share`` of each utterance), ``phones`` (a list an utterance; empty where
+    cut or unknown).  Longer recordings are cut at random to ``longest`` frames.
     """
-    folder = prepared(name) / f"degraded-{split}-{seed}"
-    if (folder / "index.json").is_file():
-        return FlatStore(folder)
-    clean, waves = filterbanks_of(split, name), waves_of(split, name)
-    noises = Noises.load(corpus(name), split="train" if split == "train" else "test")
-    rooms = Rooms.load(corpus(name))
 
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for k, item in enumerate(clean.items):
-            rng = np.random.default_rng([seed, k])
-            wav = wave(waves, item["wave"]).numpy()
-            noisy, _, done = degrade(
-                wav, AUDIO_RATE, noises=noises, rooms=rooms, generator=rng, speaker=item["speaker"]
-            )
-            features, lengths = fbank([audio.resample(torch.from_numpy(noisy), AUDIO_RATE, SSL_RATE)])
-            rows = features[0, : int(lengths[0])].numpy().astype(np.float16)
-            yield {**item, "done": done}, rows
+    waves: FlatStore
+    sources: Sources | None = None
+    noisy: float = 0.3
+    longest: int = 300
+    seed: int = 0
+    share: float = 0.35
+    ends: np.ndarray | None = None
 
-    return FlatStore.write(folder, pieces())
+    def __post_init__(self) -> None:
+        frames = (self.waves.ends - self.waves.starts) // HOP
+        self.lengths = np.where(frames >= 15, np.minimum(frames, self.longest), 0)
+        self.phones = _phone_ids([item["text"] for item in self.waves.items], PhoneTokenizer())
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        clean: list[Tensor] = []
+        heard: list[Tensor] = []
+        spans: list[Tensor] = []
+        phones: list[list[int]] = []
+        for i in items:
+            rng, wav = chance(self.seed, epoch, i), self.waves[i]
+            first = int(rng.integers(max(len(wav) - self.longest * HOP, 0) + 1))
+            phones.append(self.phones[i] if len(wav) <= self.longest * HOP else [])
+            wav = wav[first : first + self.longest * HOP].astype(np.float32) / 32767
+            clean.append(_heard(wav))
+            degraded = self.sources is not None and rng.random() < self.noisy and np.abs(wav).max() > 0
+            if degraded and self.sources is not None:
+                who = self.waves.items[i]["speaker"]
+                noisy, _, _ = degrade(
+                    wav, AUDIO_RATE, noises=self.sources.noises, rooms=self.sources.rooms, generator=rng, speaker=who
+                )
+                heard.append(_heard(noisy))
+            else:
+                heard.append(clean[-1])
+            spans.append(span_mask(len(clean[-1]), rng, self.share))
+        x, lengths = padded(clean)
+        return {"clean": x, "heard": padded(heard)[0], "lengths": lengths, "spans": padded(spans)[0], "phones": phones}
 
 
-@torch.no_grad()
-def features_of(frames: FlatStore, encoder: SSLEncoder, folder: Path) -> FlatStore:
-    """Normalised SSL features ``[T, C]`` float16 of a store of filterbank frames."""
-
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for i, item in enumerate(frames.items):
-            x = torch.from_numpy(frames[i].astype(np.float32))[None]
-            yield item, encoder.normalise(encoder(x))[0].numpy().astype(np.float16)
-
-    return FlatStore.write(folder, pieces())
+def span_mask(frames: int, rng: np.random.Generator, share: float = 0.35, span: int = 10) -> Tensor:
+    """Random spans of ``span`` frames that hide about ``share`` of an utterance: ``[T]`` bool, at least one frame."""
+    starts = rng.random(frames) < 1 - (1 - share) ** (1 / span)
+    starts[int(rng.integers(frames))] |= not starts.any()
+    return torch.from_numpy(np.convolve(starts, np.ones(span, int))[:frames] > 0)
 
 
-@torch.no_grad()
-def tokens_of(
-    features: FlatStore, waves: FlatStore, semantic: SemanticCodec, acoustic: AcousticCodec, folder: Path
-) -> FlatStore:
-    """Both token streams ``[T, 1 + Q]`` int16 (SSL token first) of the recordings behind a feature store."""
+def phone_batch(ids: Sequence[Sequence[int]], frames: Sequence[int], pad: int) -> Batch:
+    """``phones`` and ``phone_mask [B, L]`` (padding on the left: phones stand right before the frames) and the
+    evenly stretched ``hint [B, T]``."""
+    rows = [torch.tensor(list(p)) for p in ids]
+    phones, counts = padded(rows, pad)
+    phones = torch.stack([row.roll(phones.shape[1] - int(n)) for row, n in zip(phones, counts, strict=True)])
+    hint, _ = padded([stretch(p[None], n)[0] for p, n in zip(rows, frames, strict=True)], pad)
+    return {"phones": phones, "phone_mask": phones != pad, "hint": hint}
 
-    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        for i, item in enumerate(features.items):
-            ssl = semantic.quantize(torch.from_numpy(features[i].astype(np.float32))[None])[0][0]
-            codes = acoustic.encode(wave(waves, item["wave"])[None])[0]
-            frames = min(len(ssl), len(codes))
-            yield item, torch.cat([ssl[:frames, None], codes[:frames]], dim=1).numpy().astype(np.int16)
 
-    return FlatStore.write(folder, pieces())
+@dataclass
+class Tokens:
+    """Token shards for stage 1 (pre-training, text-to-speech) and stage 2.
+
+    A batch: ``tokens [B, T]`` (SSL), ``lengths [B]``, ``t [B]``, ``prompt [B]``, ``hidden [B, T]``; with ``text`` also
+    :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with
+    ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.
+    """
+
+    shards: Shards
+    masking: MaskingSettings = MaskingSettings()
+    text: bool = False
+    dropout: float = 0.0
+    layer_weights: Sequence[float] | None = None
+    shortest: int = 25
+    longest: int = 600
+    seed: int = 0
+    tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
+
+    def __post_init__(self) -> None:
+        frames, self.ends = self.shards.lengths(), self.shards.ends
+        self.lengths = np.where(frames >= self.shortest, np.minimum(frames, self.longest), 0)
+        if self.text:  # of a cut recording nobody knows which words are left
+            worded = np.array([0 < len(self._ids(self.shards.record(i))) < 400 for i in range(len(frames))])
+            self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
+
+    def _ids(self, record: dict[str, Any]) -> list[int]:
+        return [self.tokenizer.vocab[p] for p in record.get("phones", ()) if p in self.tokenizer.vocab]
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        told = self.text and chance(self.seed, step, 1).random() >= self.dropout
+        masking = self.masking if told or not self.text else replace(self.masking, prompt_probability=0.0)
+        arrays, masks, ids = [], [], []
+        for i in items:
+            record, tokens, *_ = self.shards[i]
+            first = int(chance(self.seed, epoch, i, 1).integers(max(len(tokens) - self.longest, 0) + 1))
+            arrays.append(torch.from_numpy(tokens[first : first + self.longest].astype(np.int64)))
+            length = torch.tensor([len(arrays[-1])])
+            masks.append(draw_masks(length, masking, torch_chance(self.seed, epoch, i)))
+            ids.append(self._ids(record) if told else [])
+        tokens, lengths = padded(arrays)
+        out = {"tokens": tokens[..., 0], "lengths": lengths} | _masks(masks)
+        if told:
+            out |= phone_batch(ids, lengths.tolist(), self.tokenizer.pad_id)
+        if self.layer_weights is not None:
+            odds = np.array(self.layer_weights)
+            out |= {
+                "codes": tokens[..., 1:],
+                "layer": int(chance(self.seed, step, 2).choice(len(odds), p=odds / odds.sum())),
+            }
+        return out
+
+
+def _masks(masks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:
+    times, prompts, hidden = zip(*masks, strict=True)
+    return {"t": torch.cat(times), "prompt": torch.cat(prompts), "hidden": padded([h[0] for h in hidden])[0]}
+
+
+@dataclass
+class Adaptation:
+    """Simulated examples for fine-tuning a task from audio (:mod:`metis_lib.data.examples`).
+
+    A batch is of one task, drawn by ``odds`` for each step (Omni).  It has ``target [B, T, 160]`` (filterbanks of what
+    is to be said) or, where ``shards`` hold the recording whole, ``tokens [B, T]``; ``condition [B, T, 160]`` (audio
+    tasks), ``lengths``, ``t``, ``prompt``, ``hidden`` and ``exists [B, T]``; :func:`phone_batch` for text.
+    An utterance of ``vc`` or ``tse`` loses its prompt with probability ``dropout`` (guidance), one of ``tts`` text and
+    prompt, for all of a step.
+    """
+
+    pool: Pool
+    sources: Sources
+    odds: dict[str, float]
+    params: Simulation = Simulation()
+    masking: MaskingSettings = MaskingSettings()
+    shards: Shards | None = None
+    dropout: float = 0.1
+    longest: int = 600
+    seed: int = 0
+    ends: np.ndarray | None = None
+    tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
+
+    def __post_init__(self) -> None:
+        seconds = self.longest / FRAME_RATE
+        self.made = {
+            task: Simulated(task, self.pool, self.sources, replace(self.params, dropout=0.0), seed=self.seed,
+                            longest=seconds)
+            for task in self.odds
+        }  # fmt: skip
+        usable = set.intersection(*(set(made.usable) for made in self.made.values()))
+        frames = np.minimum(np.array(self.pool.samples) // HOP, self.longest)
+        self.lengths = np.array([n if i in usable else 0 for i, n in enumerate(frames)])
+        self.at = {} if self.shards is None else {self.shards.record(i)["id"]: i for i in range(len(self.shards))}
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        names, odds = list(self.odds), np.array(list(self.odds.values()), float)
+        rng = chance(self.seed, step, 1)
+        task = names[int(rng.choice(len(names), p=odds / odds.sum()))]
+        told = task == "tts" and rng.random() >= self.dropout
+        examples, failed = [], ""
+        for i in items:
+            try:
+                examples.append((i, self.made[task].make(i, chance(self.seed, epoch, i))))
+            except MetisError as error:  # one bad recording does not stop a run
+                failed = str(error)
+        if not examples:
+            raise MetisError(f"none of the recordings of a batch can be used for {task}, the last one for: {failed}")
+        tokens, heard, conditions, masks, prompts = [], [], [], [], []
+        for i, example in examples:
+            known = self.at.get(example.id) if len(example.target) == self.pool.samples[i] else None
+            if known is not None and self.shards is not None:
+                tokens.append(torch.from_numpy(self.shards[known][1][:, 0].astype(np.int64)))
+            heard.append(_heard(example.target) if known is None or example.condition is None else None)
+            conditions.append(None if example.condition is None else _heard(example.condition))
+        if len(tokens) == len(examples):
+            lengths = [len(t) if c is None else min(len(t), len(c)) for t, c in zip(tokens, conditions, strict=True)]
+        else:
+            heard = [
+                _heard(example.target) if x is None else x for (_, example), x in zip(examples, heard, strict=True)
+            ]
+            lengths = [len(x) if c is None else min(len(x), len(c)) for x, c in zip(heard, conditions, strict=True)]
+        out: Batch = {"task": task, "lengths": torch.tensor(lengths)}
+        if len(tokens) == len(examples):
+            out["tokens"] = padded([t[:n] for t, n in zip(tokens, lengths, strict=True)])[0]
+        else:
+            out["target"] = padded([x[:n] for x, n in zip(heard, lengths, strict=True)])[0]
+        if conditions[0] is not None:
+            out["condition"] = padded([c[:n] for c, n in zip(conditions, lengths, strict=True)])[0]
+        free = replace(self.masking, prompt_probability=0.0)
+        exists = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        for row, ((i, example), n) in enumerate(zip(examples, lengths, strict=True)):
+            given = min(example.prompt // HOP, n - 1) if task != "tts" or told else 0
+            t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(self.seed, epoch, i))
+            hidden[:, :given] = False
+            hidden[0, given] |= ~hidden.any()
+            masks.append((t, torch.tensor([given]), hidden))
+            prompts.append(given)
+            if task in ("vc", "tse") and chance(self.seed, epoch, i, 2).random() < self.dropout:
+                exists[row, :given] = False
+        out |= _masks(masks) | {"exists": exists}
+        if told:
+            ids = _phone_ids([example.text or "" for _, example in examples], self.tokenizer)
+            out |= phone_batch(ids, lengths, self.tokenizer.pad_id)
+        return out
+
+
+@dataclass
+class Lips:
+    """Synthetic talking mouths, rendered as they are needed: ``video [B, N, 96, 96]`` uint8 at 25 fps, ``lengths [B]``
+    of it in frames at 50 Hz, ``target [B, T, 160]`` filterbanks, ``said`` (phones, a list an utterance), masks.
+
+    Every epoch shows another face.  Recordings without text, or longer than ``longest`` frames, are left out.
+    """
+
+    waves: FlatStore
+    masking: MaskingSettings = MaskingSettings()
+    longest: int = 300
+    seed: int = 0
+    ends: np.ndarray | None = None
+    tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
+
+    def __post_init__(self) -> None:
+        frames = (self.waves.ends - self.waves.starts) // HOP
+        worded = np.array([bool(item["text"]) for item in self.waves.items])
+        self.lengths = np.where(worded & (frames >= 25) & (frames <= self.longest), frames, 0)
+        self._timed: dict[int, Any] = {}
+
+    def timed(self, i: int) -> Any:
+        """When each phone of recording ``i`` is said; aligned on first use."""
+        if i not in self._timed:
+            from metis_lib.data.align import align
+
+            self._timed[i] = align(self.waves[i].astype(np.float32) / 32767, AUDIO_RATE, self.waves.items[i]["text"])
+        return self._timed[i]
+
+    def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
+        from metis_lib.data.lips import CLASS_OF, FaceStyle, render
+
+        videos, heard, said, masks = [], [], [], []
+        failed = ""
+        for i in items:
+            rng = chance(self.seed, epoch, i)
+            try:
+                timed, target = self.timed(i), _heard(self.waves[i].astype(np.float32) / 32767)
+            except MetisError as error:  # a text that is not what is said
+                failed = str(error)
+                continue
+            videos.append(torch.from_numpy(render(timed, len(target), FaceStyle.sample(rng), rng)))
+            heard.append(target)
+            masks.append(draw_masks(torch.tensor([len(target)]), self.masking, torch_chance(self.seed, epoch, i)))
+            vocab = self.tokenizer.vocab
+            said.append([vocab[p.phone] for p in timed if CLASS_OF.get(p.phone, 0) and p.phone in vocab])
+        if not heard:
+            raise MetisError(f"no recording of a batch could be aligned with its text, the last one for: {failed}")
+        target, lengths = padded(heard)
+        exists = torch.arange(target.shape[1])[None] < lengths[:, None]
+        out = {"video": padded(videos)[0], "target": target, "lengths": lengths, "said": said, "exists": exists}
+        return out | _masks(masks)

@@ -1,284 +1,181 @@
-"""Trainers of the generative models: stage 1 (pre-training and fine-tuning) and stage 2."""
+"""What the generative models are trained for: stage 1 (pre-training and every task) and both nets of stage 2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from statistics import mean
+from collections.abc import Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
 from metis_lib.checkpoints import TaskConfig
 from metis_lib.config import Stage1Config, Stage2Config
-from metis_lib.data.store import FlatStore, frame_batches
+from metis_lib.errors import MetisError
 from metis_lib.models import adapt
-from metis_lib.models.masked import MaskingSettings, draw_masks, masked_cross_entropy
-from metis_lib.models.stage1 import Stage1, stretch
+from metis_lib.models.masked import MaskingSettings
+from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
-from metis_lib.tasks.base import Task
-from metis_lib.training.data import padded
-from metis_lib.training.loop import TrainSettings, train
+from metis_lib.tokenizers.lips import LipEncoder, upsample
+from metis_lib.training.data import Batch
+from metis_lib.training.loop import Objective
+from metis_lib.training.tokenizers import Frozen, _on
+
+STAGE2_MASKING = MaskingSettings(prompt_probability=0.85, max_prompt_fraction=0.5)
+"""Stage 2: prompts up to half of the utterance, no floor (the released code's values)."""
 
 
-@dataclass
-class Batch:
-    """Padded examples: ``tokens [B, T, 1 + Q]`` (SSL token, then acoustic codes), ``lengths [B]`` and conditions."""
-
-    tokens: Tensor
-    lengths: Tensor
-    phones: Tensor | None = None
-    phone_mask: Tensor | None = None
-    hint: Tensor | None = None
-    condition: Tensor | None = None
-
-    @property
-    def exists(self) -> Tensor:
-        """``[B, T]`` True where a frame is."""
-        return torch.arange(self.tokens.shape[1])[None] < self.lengths[:, None]
+def exists(batch: Batch) -> Tensor:
+    """``[B, T]`` True where a frame is to be seen."""
+    if "exists" in batch:
+        return batch["exists"]
+    lengths = batch["lengths"]
+    return torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
 
 
-def collate(store: FlatStore, chosen: list[int], pad: int | None = None, features: FlatStore | None = None) -> Batch:
-    """Read items of a token store.
+class Stage1Training(Objective):
+    """Stage 1: cross-entropy of masked SSL tokens (Metis equation 1), with whatever conditions a batch has.
 
-    Args:
-        pad: the padding phone; given, phones and the evenly stretched hint are read too.
-        features: frame-level conditions ``[T, C]`` of the same items.
+    Batches: :class:`~metis_lib.training.data.Tokens`, ``Adaptation`` or ``Lips``; the last two need ``frozen``
+    tokenizers, ``Lips`` a frozen ``lips`` encoder too.  ``check`` is held-out; ``prompt`` the part of an utterance that
+    is given when a task is validated.
     """
-    arrays = [torch.from_numpy(store[i].astype(np.int64)) for i in chosen]
-    if features is not None:
-        conditions = [torch.from_numpy(features[i].astype(np.float32)) for i in chosen]
-        sizes = [min(len(a), len(c)) for a, c in zip(arrays, conditions, strict=True)]
-        arrays = [a[:n] for a, n in zip(arrays, sizes, strict=True)]
-        condition, _ = padded([c[:n] for c, n in zip(conditions, sizes, strict=True)])
-        tokens, lengths = padded(arrays)
-        return Batch(tokens, lengths, condition=condition)
-    tokens, lengths = padded(arrays)
-    if pad is None:
-        return Batch(tokens, lengths)
-    ids = [torch.tensor(store.items[i]["phones"]) for i in chosen]
-    phones, counts = padded(ids, pad)
-    hint, _ = padded([stretch(p[None], len(a))[0] for p, a in zip(ids, arrays, strict=True)], pad)
-    # Phones stand right before the frames, as when generating, so padding goes to the left.
-    phones = torch.stack([row.roll(phones.shape[1] - int(n)) for row, n in zip(phones, counts, strict=True)])
-    return Batch(tokens, lengths, phones=phones, phone_mask=phones != pad, hint=hint)
 
+    def __init__(
+        self, model: Stage1, *, frozen: Frozen | None = None, lips: LipEncoder | None = None,
+        check: Sequence[Batch] = (), prompt: float = 0.25,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.model, self.check, self.prompt = model, check, prompt
+        self.frozen = (frozen, lips.eval() if lips else None)  # in a tuple: no part of what trains
 
-def batches_of(
-    store: FlatStore,
-    usable: list[int],
-    settings: TrainSettings,
-    budget: int,
-    *,
-    pad: int | None = None,
-    features: FlatStore | None = None,
-) -> Iterator[Batch]:
-    """Endless batches by frame budget over the ``usable`` items."""
-    rng = np.random.default_rng(settings.seed)
-    sizes = [store.length(i) for i in usable]
-    for chosen in frame_batches(sizes, budget, rng, max(sizes)):
-        yield collate(store, [usable[k] for k in chosen], pad, features)
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Masked tokens, frames."""
+        masked = float(batch["hidden"].sum())
+        return {"loss": masked, "accuracy": masked, "frames": float(batch["lengths"].sum())}
 
+    def _given(self, batch: Batch) -> Batch:
+        """The batch with ``tokens`` and ``condition [B, T, C]``, by the frozen tokenizers where it has them not yet."""
+        frozen, lips = self.frozen
+        out, lengths = dict(batch), batch["lengths"]
+        if "tokens" not in out:
+            assert frozen is not None
+            out["tokens"] = frozen.tokens(batch["target"], lengths)
+        if "condition" in out:
+            assert frozen is not None
+            out["condition"] = frozen.features(batch["condition"], lengths)
+        if "video" in out:
+            assert lips is not None
+            with torch.no_grad():
+                pictures = (lengths + 1) // 2
+                seen = upsample(lips.to(lengths.device)(batch["video"], pictures), pictures)[:, : int(lengths.max())]
+            place = torch.arange(seen.shape[1], device=lengths.device)[None] >= batch["prompt"][:, None]
+            out["condition"] = seen * place[..., None]  # nothing is seen of the prompt (Metis section 4.2.5)
+        return out
 
-def stage1_loss(
-    model: Stage1, batch: Batch, masking: MaskingSettings, generator: torch.Generator, dropout: float = 0.0
-) -> dict[str, Tensor]:
-    """Cross-entropy of masked SSL tokens; a batch loses its text with probability ``dropout``."""
-    t, _, hidden = draw_masks(batch.lengths, masking, generator)
-    keep = float(torch.rand((), generator=generator)) >= dropout
-    tokens = batch.tokens[..., 0]
-    out = model(
-        tokens,
-        hidden,
-        t,
-        mask=batch.exists,
-        phones=batch.phones if keep else None,
-        phone_mask=batch.phone_mask if keep else None,
-        hint=batch.hint if keep else None,
-        condition=batch.condition,
-    )
-    return {"loss": masked_cross_entropy(model.to_logit(out[hidden]), tokens[hidden])}
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """``loss`` summed over masked tokens, and how many of them were right."""
+        return self._cross_entropy(self._given(batch), batch["hidden"], batch["t"])
 
+    def _cross_entropy(self, batch: Batch, hidden: Tensor, t: Tensor, conditions: bool = True) -> dict[str, Tensor]:
+        given = ("phones", "phone_mask", "hint", "condition")
+        more = {key: batch.get(key) for key in given} if conditions else {}
+        out = self.model(batch["tokens"], hidden, t, mask=exists(batch), **more)
+        logits, wanted = self.model.to_logit(out[hidden]).float(), batch["tokens"][hidden]
+        right = (logits.detach().argmax(-1) == wanted).sum()
+        return {"loss": F.cross_entropy(logits, wanted, reduction="sum"), "accuracy": right.float()}
 
-def full_mask_entropy(model: Stage1, batches: list[Batch], with_condition: bool, prompt_share: float) -> float:
-    """Held-out cross-entropy with every token after the prompt masked: how much the condition really tells."""
-    total = count = 0.0
-    for batch in batches:
-        prompt = (batch.lengths * prompt_share).long()
-        hidden = batch.exists & (torch.arange(batch.tokens.shape[1])[None] >= prompt[:, None])
-        tokens = batch.tokens[..., 0]
-        out = model(
-            tokens,
-            hidden,
-            torch.ones(len(tokens)),
-            mask=batch.exists,
-            phones=batch.phones if with_condition else None,
-            phone_mask=batch.phone_mask if with_condition else None,
-            hint=batch.hint if with_condition else None,
-            condition=batch.condition if with_condition else None,
-        )
-        total += float(masked_cross_entropy(model.to_logit(out[hidden]), tokens[hidden])) * int(hidden.sum())
-        count += int(hidden.sum())
-    return total / count
+    def validate(self) -> dict[str, float]:
+        """``cross_entropy`` under random masks; for a task with everything after the prompt masked, ``with_condition``
+        and ``without``: how much the condition really tells.  Omni: of each task apart."""
+        sums: dict[str, list[float]] = {}
 
+        def add(name: str, found: dict[str, Tensor], count: Tensor) -> None:
+            one = sums.setdefault(name, [0.0, 0.0])
+            one[0], one[1] = one[0] + float(found["loss"]), one[1] + float(count)
 
-def usable_items(store: FlatStore, *, text: bool = False, longest: int = 600, shortest: int = 25) -> list[int]:
-    """Items between ``shortest`` and ``longest`` frames, with phones where ``text`` is asked for."""
-    return [
-        i
-        for i in range(len(store))
-        if shortest <= store.length(i) <= longest and (not text or 0 < len(store.items[i]["phones"]) < 400)
-    ]
-
-
-def held_out_batches(
-    store: FlatStore, pad: int | None, features: FlatStore | None, text: bool = False, count: int = 6
-) -> list[Batch]:
-    """A few fixed batches for validation."""
-    usable = usable_items(store, text=text)
-    rng = np.random.default_rng(1)
-    chosen = frame_batches([store.length(i) for i in usable], 3000, rng, 600)
-    return [collate(store, [usable[k] for k in next(chosen)], pad, features) for _ in range(count)]
-
-
-def pretrain(
-    config: Stage1Config,
-    tokens: FlatStore,
-    held_out: FlatStore,
-    settings: TrainSettings,
-    *,
-    budget: int = 4000,
-    log: Path | None = None,
-) -> tuple[Stage1, dict[str, float]]:
-    """Stage-1 pre-training on unlabelled SSL tokens (Metis sections 3.1 and 4.1)."""
-    torch.manual_seed(settings.seed)
-    model = Stage1(config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    masking = MaskingSettings()
-    check = held_out_batches(held_out, None, None)
-
-    def validate() -> dict[str, float]:
-        fixed = torch.Generator().manual_seed(1)
-        losses = [float(stage1_loss(model, batch, masking, fixed)["loss"]) for batch in check for _ in range(2)]
-        return {"cross_entropy": mean(losses)}
-
-    scores = train(
-        model,
-        lambda batch: stage1_loss(model, batch, masking, generator),
-        batches_of(tokens, usable_items(tokens), settings, budget),
-        settings,
-        log=log,
-        validate=validate,
-    )
-    return model, scores
+        tasks = {batch.get("task") for batch in self.check}
+        for batch in self.check:
+            batch = self._given(_on(self, batch))
+            told = [key for key in ("phones", "condition") if key in batch]
+            add("cross_entropy", self._cross_entropy(batch, batch["hidden"], batch["t"]), batch["hidden"].sum())
+            if not told:
+                continue
+            share = 0.0 if batch.get("task") == "se" else self.prompt
+            start = (batch["lengths"] * share).long()[:, None]
+            hidden = exists(batch) & (torch.arange(batch["tokens"].shape[1], device=start.device)[None] >= start)
+            name = f"{batch['task']}_" if len(tasks) > 1 else ""
+            for label, conditions in (("with_condition", True), ("without", False)):
+                ones = torch.ones_like(batch["t"])
+                add(name + label, self._cross_entropy(batch, hidden, ones, conditions), hidden.sum())
+        return {key: total / max(count, 1) for key, (total, count) in sums.items()}
 
 
 def task_model(base_config: Stage1Config, base: dict[str, Tensor], config: TaskConfig) -> Stage1:
     """A stage 1 with the task's modules on top of pre-trained weights, LoRA layers in place where asked for."""
     model = Stage1(replace(base_config, **config.stage1))
+    unknown = sorted(set(base) - set(model.state_dict()))
+    if unknown:
+        raise MetisError(f"the base has {len(unknown)} weights that the task's model lacks, the first is {unknown[0]}")
     model.load_state_dict(base, strict=False)
     if config.lora_rank:
         adapt.add_lora(model, config.lora_rank)
     return model
 
 
-def task_state(model: Stage1, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the task added: LoRA under the released names, new modules under their own."""
+def task_state(model: Stage1, base: dict[str, Tensor], *, full: bool = False) -> dict[str, Tensor]:
+    """What the task added: LoRA under the released names, new modules under their own; ``full``: all weights."""
     state = adapt.lora_state(model)
     for key, value in model.state_dict().items():
-        if ".lora_" not in key and key.replace(".base_layer.", ".") not in base:
+        if ".lora_" not in key and (full or key.replace(".base_layer.", ".") not in base):
             state[key] = value
     return state
 
 
-def fine_tune(
-    task: Task,
-    config: TaskConfig,
-    base_config: Stage1Config,
-    base: dict[str, Tensor],
-    tokens: FlatStore,
-    held_out: FlatStore,
-    settings: TrainSettings,
-    *,
-    pad: int,
-    features: FlatStore | None = None,
-    held_out_features: FlatStore | None = None,
-    budget: int = 4000,
-    longest: int = 600,
-    log: Path | None = None,
-) -> tuple[Stage1, dict[str, float]]:
-    """Fine-tune stage 1 for a task: LoRA and the task's new modules train, the base is frozen."""
-    torch.manual_seed(settings.seed)
-    model = task_model(base_config, base, config)
-    trained = set(task_state(model, base))
-    for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key in trained or f"model.{key}" in trained)
-    generator = torch.Generator().manual_seed(settings.seed)
-    text = pad if task.takes_text else None
-    check = held_out_batches(held_out, text, held_out_features, task.takes_text)
-    share = 0.25 if task.takes_prompt else 0.0
+def choose_trained(model: Stage1, base: dict[str, Tensor], mode: str) -> int:
+    """Let the right parameters train; returns how many there are.
 
-    def validate() -> dict[str, float]:
-        given = full_mask_entropy(model, check, True, share)
-        return {"with_condition": given, "without": full_mask_entropy(model, check, False, share)}
-
-    usable = usable_items(tokens, text=task.takes_text, longest=longest)
-    scores = train(
-        model,
-        lambda batch: stage1_loss(model, batch, task.masking, generator, task.condition_dropout),
-        batches_of(tokens, usable, settings, budget, pad=text, features=features),
-        settings,
-        log=log,
-        validate=validate,
-    )
-    return model, scores
-
-
-def stage2_loss(model: Stage2, batch: Batch, layer: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Cross-entropy of one masked codec layer (MaskGCT section 3.2.3); prompts up to half of the utterance."""
-    masking = MaskingSettings(prompt_probability=0.85, max_prompt_fraction=0.5)
-    t, prompt, hidden = draw_masks(batch.lengths, masking, generator)
-    codes = batch.tokens[..., 1 : 1 + model.config.num_quantizers]
-    out = model(codes, batch.tokens[..., 0], layer, hidden, t, prompt, batch.exists)
-    loss = masked_cross_entropy(model.to_logits[layer](out[hidden]), codes[..., layer][hidden])
-    return {"loss": loss}
-
-
-def train_stage2(
-    config: Stage2Config,
-    tokens: FlatStore,
-    held_out: FlatStore,
-    settings: TrainSettings,
-    *,
-    budget: int = 4000,
-    log: Path | None = None,
-) -> tuple[Stage2, dict[str, float]]:
-    """Either of the two stage-2 models; a layer is drawn for each batch, low layers more often."""
-    torch.manual_seed(settings.seed)
-    model = Stage2(config)
-    generator = torch.Generator().manual_seed(settings.seed)
-    check = held_out_batches(held_out, None, None)
-    layers = range(model.first_layer, config.num_quantizers)
-
-    def loss_of(batch: Batch) -> dict[str, Tensor]:
-        layer = int(torch.multinomial(model.layer_weights(), 1, generator=generator))
-        return stage2_loss(model, batch, layer, generator)
-
-    def validate() -> dict[str, float]:
-        fixed = torch.Generator().manual_seed(1)
-        losses = {q: mean([float(stage2_loss(model, b, q, fixed)["loss"]) for b in check[:3]]) for q in layers}
-        return {
-            "cross_entropy": mean(losses.values()),
-            f"layer_{layers[0] + 1}": losses[layers[0]],
-        }
-
-    batches = batches_of(tokens, usable_items(tokens), settings, budget)
-    scores = train(model, loss_of, batches, settings, log=log, validate=validate)
-    return model, scores
-
-
-def trainable(model: nn.Module) -> int:
-    """Number of parameters that train."""
+    ``mode``: ``full`` (all), ``lora`` (LoRA and the task's new modules) or ``adapter`` (the new modules alone).
+    """
+    if mode not in ("full", "lora", "adapter"):
+        raise MetisError(f"what trains is full, lora or adapter, not {mode!r}")
+    for key, p in model.named_parameters():
+        new = key.replace(".base_layer.", ".") not in base
+        p.requires_grad_(mode == "full" or (new and (mode == "lora" or ".lora_" not in key)))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+class Stage2Training(Objective):
+    """Stage 2: cross-entropy of one masked codec layer (MaskGCT section 3.2.3); the layer is drawn for each step.
+
+    Batches: :class:`~metis_lib.training.data.Tokens` with ``layer_weights`` of :meth:`Stage2.layer_weights`.
+    """
+
+    def __init__(self, config: Stage2Config, *, check: Sequence[Batch] = ()) -> None:
+        super().__init__()
+        self.model, self.check = Stage2(config), check
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Masked codes, frames."""
+        masked = float(batch["hidden"].sum())
+        return {"loss": masked, "accuracy": masked, "frames": float(batch["lengths"].sum())}
+
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """``loss`` summed over masked codes, and how many of them were right."""
+        layer, codes = batch["layer"], batch["codes"][..., : self.model.config.num_quantizers]
+        hidden = batch["hidden"]
+        out = self.model(codes, batch["tokens"], layer, hidden, batch["t"], batch["prompt"], exists(batch))
+        logits, wanted = self.model.to_logits[layer](out[hidden]).float(), codes[..., layer][hidden]
+        right = (logits.detach().argmax(-1) == wanted).sum()
+        return {"loss": F.cross_entropy(logits, wanted, reduction="sum"), "accuracy": right.float()}
+
+    def validate(self) -> dict[str, float]:
+        """``cross_entropy``, the mean over layers, and that of the first layer it predicts."""
+        layers, found = range(self.model.first_layer, self.model.config.num_quantizers), dict[int, float]()
+        for layer in layers if self.check else ():
+            pairs = [(self(b := _on(self, {**batch, "layer": layer})), b) for batch in self.check]
+            count = sum(float(b["hidden"].sum()) for _, b in pairs)
+            found[layer] = sum(float(terms["loss"]) for terms, _ in pairs) / count
+        if not found:
+            return {}
+        return {"cross_entropy": sum(found.values()) / len(found), f"layer_{layers[0] + 1}": found[layers[0]]}

@@ -34,19 +34,20 @@ def mel_magnitudes(wav: Tensor, window: int, bands: int, sample_rate: int) -> Te
 
 
 def multi_scale_mel_losses(recon: Tensor, target: Tensor, sample_rate: int) -> tuple[Tensor, Tensor]:
-    """Two distances of mel spectra, each averaged over five windows; fp32 scalars >= 0.
+    """Two distances of mel spectra of each item, averaged over five windows; fp32 ``[B]`` >= 0.
 
     Returns:
         mean absolute difference of natural-log mel spectra (arXiv 2306.06546 section 3.5), and spectral
         convergence (norm of the difference of magnitudes over the norm of the target's), which keeps the level
         right where the logarithm alone settles below it.  ``recon`` and ``target`` are ``[B, S]``, S > 1024.
     """
-    log_l1 = recon.new_zeros((), dtype=torch.float32)
+    log_l1 = recon.new_zeros(len(recon), dtype=torch.float32)
     convergence = torch.zeros_like(log_l1)
     for window, bands in WINDOWS.items():
         with torch.no_grad():
             wanted = mel_magnitudes(target, window, bands, sample_rate)
         found = mel_magnitudes(recon, window, bands, sample_rate)
-        log_l1 = log_l1 + (found.clamp(min=FLOOR).log() - wanted.clamp(min=FLOOR).log()).abs().mean()
-        convergence = convergence + (found - wanted).norm() / wanted.norm().clamp(min=FLOOR)
+        log_l1 = log_l1 + (found.clamp(min=FLOOR).log() - wanted.clamp(min=FLOOR).log()).abs().mean((1, 2))
+        distance, size = (x.flatten(1).norm(dim=1) for x in (found - wanted, wanted))
+        convergence = convergence + distance / size.clamp(min=FLOOR)
     return log_l1 / len(WINDOWS), convergence / len(WINDOWS)

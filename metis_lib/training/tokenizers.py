@@ -1,9 +1,8 @@
-"""Trainers of the tokenizers: acoustic codec, SSL encoder, semantic codec."""
+"""What the tokenizers are trained for: SSL encoder, semantic codec, acoustic codec, the lip encoder of nano."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,69 +10,81 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metis_lib.config import SSLConfig, SystemConfig
-from metis_lib.data.store import FlatStore, frame_batches, random_crops
+from metis_lib.compat import prepare_torchaudio
+from metis_lib.config import AcousticCodecConfig, LipConfig, SemanticCodecConfig, SSLConfig
+from metis_lib.models.discriminators import (
+    DiscriminatorConfig,
+    Discriminators,
+    adversarial_loss,
+    discriminator_loss,
+    feature_matching_loss,
+)
 from metis_lib.tokenizers.acoustic import AcousticCodec
-from metis_lib.tokenizers.semantic import SemanticCodec
+from metis_lib.tokenizers.lips import LipEncoder, upsample
+from metis_lib.tokenizers.semantic import ResidualVQ, SemanticCodec
 from metis_lib.tokenizers.ssl import SSLEncoder
-from metis_lib.training.data import padded
-from metis_lib.training.loop import TrainSettings, train
+from metis_lib.training.data import Batch, torch_chance
+from metis_lib.training.loop import Objective, TrainSettings
 from metis_lib.training.losses import multi_scale_mel_losses
 
 
-def train_acoustic(
-    system: SystemConfig,
-    waves: FlatStore,
-    held_out: FlatStore,
-    settings: TrainSettings,
-    *,
-    batch: int = 16,
-    seconds: float = 0.6,
-    start: dict[str, Tensor] | None = None,
-    log: Path | None = None,
-) -> tuple[AcousticCodec, dict[str, float]]:
-    """Acoustic codec by reconstruction alone: 10 x log-mel, 5 x spectral convergence, codebook and commitment.
+class Frozen:
+    """Tokenizers that do not train, in fp32: filterbanks ``[B, T, 160]`` to features and tokens."""
 
-    Random crops of ``seconds``; codes that nobody used for 10 steps are replaced every 10 steps.  ``start`` are
-    weights to go on from.
-    """
-    torch.manual_seed(settings.seed)
-    config = system.acoustic
-    codec = AcousticCodec(config)
-    if start is not None:
-        codec.load_state_dict(start)
-    codec.track_usage()
-    rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)
-    samples = round(seconds * config.sample_rate / config.hop_size) * config.hop_size
+    def __init__(self, encoder: SSLEncoder, semantic: SemanticCodec | None = None) -> None:
+        self.encoder, self.semantic = encoder.eval(), semantic.eval() if semantic else None
 
-    def batches() -> Iterator[Tensor]:
-        while True:
-            yield random_crops(waves, batch, samples, rng)
+    @torch.no_grad()
+    def features(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Normalised SSL features ``[B, T, C]``, zero beyond an utterance's end."""
+        hidden = self.encoder.to(x.device).normalise(self.encoder(x, lengths))
+        return hidden * (torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None])[..., None]
 
-    def loss_of(wav: Tensor) -> dict[str, Tensor]:
-        out = codec(wav, generator)
-        mel, convergence = multi_scale_mel_losses(out["recon"], wav, config.sample_rate)
-        loss = 10 * mel + 5 * convergence + out["commit_loss"] + out["codebook_loss"]
-        return {"loss": loss, "mel": mel, "convergence": convergence, "commit": out["commit_loss"]}
+    @torch.no_grad()
+    def tokens(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """SSL tokens ``[B, T]``, each utterance quantised alone (convolutions would hear the padding)."""
+        assert self.semantic is not None
+        with torch.autocast(x.device.type, enabled=False):
+            features, codec = self.features(x.float(), lengths), self.semantic.to(x.device)
+            out = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            for row, feature, n in zip(out, features, lengths.tolist(), strict=True):
+                row[:n] = codec.quantize(feature[None, :n])[0][0]
+        return out
 
-    check = random_crops(held_out, 32, 4 * samples, np.random.default_rng(1))
 
-    def validate() -> dict[str, float]:
-        out = codec(check)
-        used = [len(torch.unique(out["codes"][..., q])) for q in range(config.num_quantizers)]
-        mel, convergence = multi_scale_mel_losses(out["recon"], check, config.sample_rate)
-        return {
-            "mel": float(mel),
-            "convergence": float(convergence),
-            "codes_used": float(np.mean(used)) / config.codebook_size,
-        }
+# ---------------------------------------------------------------- phones by CTC
 
-    def after(step: int) -> None:
-        if step % 10 == 9 and step < settings.steps * 0.9:
-            codec.revive(10, generator)
 
-    scores = train(codec, loss_of, batches(), settings, log=log, after_step=after, validate=validate)
-    return codec, scores
+def usable_phones(phones: Sequence[Sequence[int]], lengths: Tensor) -> list[int]:
+    """Which utterances have phones that fit their frames."""
+    return [i for i, (p, n) in enumerate(zip(phones, lengths.tolist(), strict=True)) if 0 < len(p) < n]
+
+
+def ctc_sum(logits: Tensor, phones: Sequence[Sequence[int]], lengths: Tensor) -> Tensor:
+    """Sum of CTC losses of ``logits [B, T, 1 + phones]`` (class 0: blank) over the utterances that have phones."""
+    keep = usable_phones(phones, lengths)
+    if not keep:
+        return logits.sum() * 0
+    scores = logits[keep].float().log_softmax(-1).transpose(0, 1)
+    targets = torch.tensor([p + 1 for i in keep for p in phones[i]], device=logits.device)
+    sizes = torch.tensor([len(phones[i]) for i in keep])
+    return F.ctc_loss(scores, targets, lengths[keep].cpu(), sizes, reduction="sum", zero_infinity=True)
+
+
+def phone_errors(logits: Tensor, phones: Sequence[Sequence[int]], lengths: Tensor) -> tuple[int, int]:
+    """Edit distance of the best CTC path to the phones, summed over the utterances that have them, and their phones."""
+    prepare_torchaudio()
+    from torchaudio.functional import edit_distance
+
+    errors = total = 0
+    for i in usable_phones(phones, lengths):
+        best = logits[i, : int(lengths[i])].argmax(-1)
+        errors += edit_distance(list(phones[i]), [int(p) - 1 for p in torch.unique_consecutive(best) if p > 0])
+        total += len(phones[i])
+    return errors, total
+
+
+# ---------------------------------------------------------------- SSL encoder
 
 
 class MaskedPrediction(nn.Module):
@@ -96,180 +107,254 @@ class MaskedPrediction(nn.Module):
         self.phones = nn.Linear(config.hidden_size, phones + 1) if phones else None
 
     def labels(self, features: Tensor) -> Tensor:
-        """BEST-RQ labels ``[books, B, T]`` of features ``[B, T, 160]``."""
-        latents = F.normalize(torch.einsum("btc,kcd->kbtd", features.float(), self.projection), dim=-1)
-        return torch.einsum("kbtd,kvd->kbtv", latents, self.codebook).argmax(-1)
+        """BEST-RQ labels ``[books, N]`` of features ``[N, 160]``."""
+        latents = F.normalize(torch.einsum("nc,kcd->knd", features.float(), self.projection), dim=-1)
+        return torch.einsum("knd,kvd->knv", latents, self.codebook).argmax(-1)
 
 
-def span_mask(lengths: Tensor, generator: torch.Generator, share: float = 0.35, span: int = 10) -> Tensor:
-    """Hide random spans of ``span`` frames so that about ``share`` of each utterance is hidden: ``[B, T]`` bool."""
-    horizon = int(lengths.max())
-    starts = torch.rand(len(lengths), horizon, generator=generator) < 1 - (1 - share) ** (1 / span)
-    hidden = F.max_pool1d(F.pad(starts.float(), (span - 1, 0))[:, None], span, stride=1)[:, 0] > 0
-    return hidden & (torch.arange(horizon)[None] < lengths[:, None])
+class SSLTraining(Objective):
+    """SSL encoder by masked prediction in the manner of w2v-BERT and BEST-RQ, and phone CTC where phones are known.
 
-
-def train_ssl(
-    system: SystemConfig,
-    features: FlatStore,
-    held_out: FlatStore,
-    settings: TrainSettings,
-    *,
-    phone_vocab: int,
-    budget: int = 3000,
-    longest: int = 300,
-    ctc_weight: float = 1.0,
-    noisy: FlatStore | None = None,
-    start: dict[str, Tensor] | None = None,
-    log: Path | None = None,
-) -> tuple[SSLEncoder, dict[str, float]]:
-    """SSL encoder by masked prediction plus phone CTC where a row has phones.
-
-    ``features`` holds stacked filterbank frames ``[T, 160]`` (float16) with ``phones`` in its records.
-    ``noisy`` holds the same items degraded: three in ten are heard so, while the targets stay those of the clean ones,
-    so that the units hold on to the words (as WavLM does).
-    Items longer than ``longest`` frames are left out of CTC batches and cropped for masked prediction.
-    ``start`` are weights of an encoder to go on from (the heads begin anew).
+    A part of the utterances is heard degraded while the targets stay those of the clean ones, so that the units hold
+    on to the words (as WavLM does).  Batches: :class:`~metis_lib.training.data.Speech`.
     """
-    torch.manual_seed(settings.seed)
-    encoder = SSLEncoder(system.ssl)
-    if start is not None:
-        encoder.load_state_dict(start)
-    heads = MaskedPrediction(system.ssl, phone_vocab)
-    both = nn.ModuleDict({"encoder": encoder, "heads": heads})
-    rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)
 
-    def collate(store: FlatStore, chosen: list[int]) -> dict[str, Any]:
-        arrays: list[Tensor] = []
-        heard: list[Tensor] = []
-        phones: list[list[int]] = []
-        for i in chosen:
-            whole = store.length(i) <= longest
-            start = 0 if whole else int(rng.integers(0, store.length(i) - longest))
-            degraded = noisy is not None and store is features and rng.random() < 0.3
-            for listed, source in ((arrays, store), (heard, noisy if degraded and noisy is not None else store)):
-                listed.append(torch.from_numpy(source[i][start : start + longest].astype(np.float32)))
-            phones.append(store.items[i]["phones"] if whole else [])
-        x, lengths = padded(arrays)
-        return {"x": padded(heard)[0], "clean": x, "lengths": lengths, "phones": phones}
+    def __init__(self, config: SSLConfig, *, phones: int, ctc: float = 1.0, check: Sequence[Batch] = ()) -> None:
+        super().__init__()
+        self.encoder, self.heads = SSLEncoder(config), MaskedPrediction(config, phones)
+        self.weights, self.check = {"masked": 1.0, "ctc": ctc if phones else 0.0}, check
 
-    def batches() -> Iterator[dict[str, Any]]:
-        sizes = [features.length(i) for i in range(len(features))]
-        for chosen in frame_batches(sizes, budget, rng, longest):
-            yield collate(features, chosen)
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Hidden frames, phones, frames."""
+        phones = sum(len(batch["phones"][i]) for i in usable_phones(batch["phones"], batch["lengths"]))
+        return {"masked": float(batch["spans"].sum()), "ctc": phones, "frames": float(batch["lengths"].sum())}
 
-    def loss_of(batch: dict[str, Any]) -> dict[str, Tensor]:
-        hidden_frames = span_mask(batch["lengths"], generator)
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """Cross-entropy of hidden frames (mean over the codebooks) and CTC, summed."""
+        out = self.encoder(batch["heard"], batch["lengths"], mask_time=batch["spans"])
         with torch.no_grad():
-            targets = heads.labels(batch["clean"])[:, hidden_frames]
-        out = encoder(batch["x"], batch["lengths"], mask_time=hidden_frames)
-        at = out[hidden_frames]
-        scores = [head(at).float() for head in heads.predict]
-        masked = sum(F.cross_entropy(s, t) for s, t in zip(scores, targets, strict=True)) / len(scores)
-        ctc = ctc_loss(out, batch)
-        return {"loss": masked + ctc_weight * ctc, "masked": masked, "ctc": ctc}
+            targets = self.heads.labels(batch["clean"][batch["spans"]])
+        at = out[batch["spans"]]
+        found = [
+            F.cross_entropy(head(at).float(), t, reduction="sum")
+            for head, t in zip(self.heads.predict, targets, strict=True)
+        ]
+        terms = {"masked": torch.stack(found).sum() / len(found)}
+        if self.heads.phones is not None:
+            terms["ctc"] = ctc_sum(self.heads.phones(out), batch["phones"], batch["lengths"])
+        return terms
 
-    def ctc_loss(out: Tensor, batch: dict[str, Any]) -> Tensor:
-        keep = [i for i, p in enumerate(batch["phones"]) if p and len(p) < int(batch["lengths"][i])]
-        if heads.phones is None or not keep:
-            return out.sum() * 0
-        logits = heads.phones(out[keep]).float().log_softmax(-1).transpose(0, 1)
-        targets = torch.tensor([p + 1 for i in keep for p in batch["phones"][i]])
-        sizes = torch.tensor([len(batch["phones"][i]) for i in keep])
-        return F.ctc_loss(logits, targets, batch["lengths"][keep], sizes, zero_infinity=True)
-
-    check_rng = np.random.default_rng(1)
-    check = [
-        collate(held_out, chosen)
-        for chosen, _ in zip(
-            frame_batches([held_out.length(i) for i in range(len(held_out))], budget, check_rng, longest),
-            range(6),
-            strict=False,
-        )
-    ]
-
-    def validate() -> dict[str, float]:
-        from torchaudio.functional import edit_distance
-
+    def validate(self) -> dict[str, float]:
+        """``masked`` (cross-entropy) and ``phone_error`` of the greedy CTC path, on held-out speech."""
         errors = total = 0
-        losses = []
-        for batch in check:
-            out = encoder(batch["x"], batch["lengths"])
-            losses.append(float(ctc_loss(out, batch)))
-            if heads.phones is None:
-                continue
-            best = heads.phones(out).argmax(-1)
-            for row, length, phones in zip(best, batch["lengths"], batch["phones"], strict=True):
-                if phones:
-                    said = [int(p) - 1 for p in torch.unique_consecutive(row[:length]) if p > 0]
-                    errors += edit_distance(phones, said)
-                    total += len(phones)
-        return {"ctc": float(np.mean(losses)), "phone_error": errors / max(total, 1)}
-
-    scores = train(both, loss_of, batches(), settings, log=log, validate=validate)
-    set_statistics(encoder, features, longest)
-    return encoder, scores
+        loss = count = 0.0
+        for batch in self.check:
+            batch = _on(self, batch)
+            loss += float(self(batch)["masked"])
+            count += self.counts(batch)["masked"]
+            if self.heads.phones is not None:
+                out = self.heads.phones(self.encoder(batch["clean"], batch["lengths"]))
+                wrong, said = phone_errors(out, batch["phones"], batch["lengths"])
+                errors, total = errors + wrong, total + said
+        return {"masked": loss / max(count, 1)} | ({"phone_error": errors / total} if total else {})
 
 
 @torch.no_grad()
-def set_statistics(encoder: SSLEncoder, features: FlatStore, longest: int, items: int = 400) -> None:
-    """Mean and variance of the hidden state over ``items`` utterances, for normalisation (MaskGCT section 3.2.1)."""
-    picked = np.random.default_rng(0).permutation(len(features))[:items]
+def set_statistics(encoder: SSLEncoder, batches: Iterable[Batch]) -> None:
+    """Mean and variance of the hidden state over some batches, for normalisation (MaskGCT section 3.2.1)."""
     states = []
-    for i in picked:
-        x = torch.from_numpy(features[int(i)][:longest].astype(np.float32))[None]
-        states.append(encoder(x)[0].float())
+    for batch in batches:
+        exists = torch.arange(batch["clean"].shape[1])[None] < batch["lengths"][:, None]
+        states.append(encoder(batch["clean"], batch["lengths"])[exists].float())
     joined = torch.cat(states)
     encoder.set_stats(joined.mean(0), joined.var(0).clamp(min=1e-4))
 
 
-def train_semantic(
-    system: SystemConfig,
-    features: FlatStore,
-    settings: TrainSettings,
-    *,
-    batch: int = 24,
-    frames: int = 100,
-    log: Path | None = None,
-) -> tuple[SemanticCodec, dict[str, float]]:
-    """Semantic codec over normalised SSL features ``[T, C]`` (float16): 32 x L1 plus VQ losses.
+def _on(objective: nn.Module, batch: Batch) -> Batch:
+    """A batch where the objective's weights are."""
+    where = next(objective.parameters()).device
+    return {key: value.to(where) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
-    The weight 32 is that of the closest published trainer of this codec (Vevo); the paper gives none.
+
+# ---------------------------------------------------------------- codecs
+
+
+def revive(quantizer: ResidualVQ, after: int, step: int, fabric: Any, seed: int) -> None:
+    """Replace idle codes by latents of this step; with several processes, by those of the first one."""
+    quantizer.revive(after, torch_chance(seed, step, 3))
+    if fabric.world_size > 1:
+        for layer in quantizer.quantizers:
+            layer.codebook.weight.data.copy_(fabric.broadcast(layer.codebook.weight.data))
+            layer.idle.copy_(fabric.broadcast(layer.idle))
+
+
+class SemanticTraining(Objective):
+    """Semantic codec over features of a frozen SSL encoder: L1 of the reconstruction and the VQ losses.
+
+    The weight 32 of the reconstruction is that of the closest published trainer of this codec (Vevo); the paper gives
+    none.  Batches: :class:`~metis_lib.training.data.Speech`.
     """
-    torch.manual_seed(settings.seed)
-    codec = SemanticCodec(system.semantic)
-    codec.track_usage()
-    rng, generator = np.random.default_rng(settings.seed), torch.Generator().manual_seed(settings.seed)
-    long_enough = [i for i in range(len(features)) if features.length(i) >= frames]
 
-    def draw() -> Tensor:
-        rows = []
-        for i in rng.choice(long_enough, batch):
-            start = int(rng.integers(0, features.length(i) - frames + 1))
-            rows.append(features[i][start : start + frames].astype(np.float32))
-        return torch.from_numpy(np.stack(rows))
+    weights = {"recon_l1": 32.0, "vq": 1.0}
 
-    def batches() -> Iterator[Tensor]:
-        while True:
-            yield draw()
+    def __init__(self, config: SemanticCodecConfig, frozen: Frozen, *, check: Sequence[Batch] = ()) -> None:
+        super().__init__()
+        self.codec, self.frozen, self.check = SemanticCodec(config), (frozen,), check
+        self.codec.track_usage()
 
-    def loss_of(x: Tensor) -> dict[str, Tensor]:
-        _, losses, _ = codec(x)
-        loss = 32 * losses["recon_l1"] + losses["commit_loss"] + losses["codebook_loss"]
-        return {"loss": loss, "recon_l1": losses["recon_l1"]}
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Frames."""
+        frames = float(batch["lengths"].sum())
+        return {"recon_l1": frames, "vq": frames, "frames": frames}
 
-    check = torch.cat([draw() for _ in range(4)])
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """``recon_l1`` and ``vq`` (codebook and commitment with their weights), summed over frames."""
+        features = self.frozen[0].features(batch["heard"], batch["lengths"])
+        exists = torch.arange(features.shape[1], device=features.device)[None] < batch["lengths"][:, None]
+        _, losses, _ = self.codec(features, exists)
+        frames = exists.sum()
+        vq = losses["commit_loss"] + losses["codebook_loss"]
+        return {"recon_l1": losses["recon_l1"] * frames, "vq": vq * frames}
 
-    def validate() -> dict[str, float]:
-        _, losses, tokens = codec(check)
-        share = torch.bincount(tokens.flatten(), minlength=system.semantic.codebook_size).float()
-        share = share / share.sum()
-        perplexity = torch.exp(-(share * share.clamp(min=1e-9).log()).sum())
-        return {"recon_l1": float(losses["recon_l1"]), "perplexity": float(perplexity)}
-
-    def after(step: int) -> None:
+    def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
+        """Revive idle codes every 10 steps, not in the last fifth of the run."""
         if step % 10 == 9 and step < settings.steps * 0.8:
-            codec.revive(20, generator)
+            revive(self.codec.quantizer, 20, step, fabric, settings.seed)
 
-    scores = train(codec, loss_of, batches(), settings, log=log, after_step=after, validate=validate)
-    return codec, scores
+    def validate(self) -> dict[str, float]:
+        """``recon_l1``, and the perplexity of the tokens (how many are in use)."""
+        loss = frames = 0.0
+        used = torch.zeros(self.codec.config.codebook_size)
+        for batch in self.check:
+            batch = _on(self, batch)
+            features = self.frozen[0].features(batch["clean"], batch["lengths"])
+            exists = torch.arange(features.shape[1], device=features.device)[None] < batch["lengths"][:, None]
+            _, losses, tokens = self.codec(features, exists)
+            loss += float(losses["recon_l1"] * exists.sum())
+            frames += float(exists.sum())
+            used += torch.bincount(tokens[exists].cpu(), minlength=len(used))
+        return {"recon_l1": loss / max(frames, 1), "perplexity": perplexity(used)}
+
+
+def perplexity(counts: Tensor) -> float:
+    """Of codes used ``counts [V]`` times: as many codes in even use have as much entropy."""
+    share = counts.float() / counts.sum().clamp(min=1)
+    return float(torch.exp(-(share * share.clamp(min=1e-9).log()).sum()))
+
+
+class AcousticTraining(Objective):
+    """Acoustic codec: reconstruction, and after ``adversarial_from`` steps the discriminators (MaskGCT appendix A.4).
+
+    The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
+    ``convergence`` (spectral convergence) is ours; 0 leaves it out.  Batches: :class:`~metis_lib.training.data.Crops`.
+    """
+
+    def __init__(
+        self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
+        adversarial_from: int = 0, convergence: float = 0.0, check: Sequence[Batch] = (),
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
+        self.critics = Discriminators(discriminators) if discriminators else None
+        self.codec.track_usage()
+        self.weights = {
+            "mel": 10.0, "convergence": convergence, "vq": 1.0, "adversarial": 2.0, "features": 2.0, "critics": 1.0,
+        }  # fmt: skip
+        self.register_buffer("now", torch.zeros((), dtype=torch.long), persistent=False)
+
+    def parts(self, step: int) -> tuple[str, ...]:
+        """The codec, and the discriminators once their time has come."""
+        return ("codec", "critics") if self.critics is not None and step >= self.begin else ("codec",)
+
+    def trained(self, part: str) -> list[nn.Parameter]:
+        """Parameters of ``codec`` or ``critics``."""
+        return list(getattr(self, part).parameters())
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Crops."""
+        n = len(batch["wav"])
+        return dict.fromkeys(self.weights, n) | {"frames": n * batch["wav"].shape[1] / self.codec.config.hop_size}
+
+    def forward(self, batch: Batch, part: str = "codec") -> dict[str, Tensor]:
+        """Sums over crops.  The discriminators' turn comes second and judges what the codec made in its own."""
+        wav = batch["wav"]
+        if part == "critics":
+            assert self.critics is not None
+            return {"critics": discriminator_loss(self.critics(wav), self.critics(batch.pop("made"))).sum()}
+        out = self.codec(wav)
+        mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
+        vq = (out["commit_loss"] + out["codebook_loss"]) * len(wav)
+        terms = {"mel": mel.sum(), "convergence": convergence.sum(), "vq": vq}
+        if self.critics is not None and self.training and int(self.now) >= self.begin:
+            batch["made"] = out["recon"].detach()
+            fake = self.critics(out["recon"])
+            with torch.no_grad():
+                real = self.critics(wav)
+            terms |= {"adversarial": adversarial_loss(fake).sum(), "features": feature_matching_loss(real, fake).sum()}
+        return terms
+
+    def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
+        """Count steps; revive idle codes every 10 of them, not in the last tenth of the run."""
+        self.now.fill_(step + 1)
+        if step % 10 == 9 and step < settings.steps * 0.9:
+            revive(self.codec.decoder.quantizer, 10, step, fabric, settings.seed)
+
+    def validate(self) -> dict[str, float]:
+        """``mel`` and ``convergence`` of held-out crops, and the part of the codes in use."""
+        sums, used = np.zeros(3), [set[int]() for _ in range(self.codec.config.num_quantizers)]
+        for batch in self.check:
+            wav = _on(self, batch)["wav"]
+            out = self.codec(wav)
+            mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
+            sums += [float(mel.sum()), float(convergence.sum()), len(wav)]
+            for q, codes in enumerate(used):
+                codes.update(out["codes"][..., q].unique().tolist())
+        share = np.mean([len(codes) for codes in used]) / self.codec.config.codebook_size
+        return {"mel": sums[0] / sums[2], "convergence": sums[1] / sums[2], "codes_used": share} if sums[2] else {}
+
+    def samples(self) -> dict[str, tuple[Tensor, int]]:
+        """Two held-out crops, as they were and as they came back."""
+        out: dict[str, tuple[Tensor, int]] = {}
+        for i, wav in enumerate(_on(self, self.check[0])["wav"][:2] if self.check else ()):
+            rate = self.codec.config.sample_rate
+            out |= {f"recorded {i}": (wav, rate), f"resynthesised {i}": (self.codec(wav[None])["recon"][0], rate)}
+        return out
+
+
+# ---------------------------------------------------------------- lips
+
+
+class LipTraining(Objective):
+    """A small lip encoder by phone CTC at 50 Hz; frozen afterwards (nano's own; the paper takes Auto-AVSR's).
+
+    Batches: :class:`~metis_lib.training.data.Lips`.
+    """
+
+    weights = {"ctc": 1.0}
+
+    def __init__(self, config: LipConfig, *, phones: int, check: Sequence[Batch] = ()) -> None:
+        super().__init__()
+        self.encoder, self.check = LipEncoder(config), check
+        self.phones = nn.Linear(config.hidden_size, phones + 1)
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Phones, frames."""
+        phones = sum(len(batch["said"][i]) for i in usable_phones(batch["said"], batch["lengths"]))
+        return {"ctc": phones, "frames": float(batch["lengths"].sum())}
+
+    def _logits(self, batch: Batch) -> Tensor:
+        pictures = (batch["lengths"] + 1) // 2
+        return self.phones(upsample(self.encoder(batch["video"], pictures), pictures))[:, : int(batch["lengths"].max())]
+
+    def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
+        """CTC, summed over utterances."""
+        return {"ctc": ctc_sum(self._logits(batch), batch["said"], batch["lengths"])}
+
+    def validate(self) -> dict[str, float]:
+        """``phone_error`` of the greedy path; a perfect reader of the visemes has the oracle's (docs/lips.md)."""
+        errors = total = 0
+        for batch in self.check:
+            batch = _on(self, batch)
+            wrong, said = phone_errors(self._logits(batch), batch["said"], batch["lengths"])
+            errors, total = errors + wrong, total + said
+        return {"phone_error": errors / total} if total else {}

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    store = waves_of("train")
+    store = waves_of(corpus() / "manifest.jsonl", "train")
     sources = Sources(noises=Noises.load(corpus()), rooms=Rooms.load(corpus()))
     report: dict[str, Any] = {"command": "python -m recipes.nano.simulation", "seed": chosen.seed, "tasks": {}}
     for task in SIMULATORS:

@@ -1,0 +1,146 @@
+"""A queue of trainings that make one system, piece after piece, over days and machines (``recipes/nano/queue.json``).
+
+Each entry names a model, its settings and options, and keeps what was reached: ``state`` (todo, part, done), ``steps``
+done, CPU hours, frames, and its score on held-out speech.  A piece that was cut off goes on with its state; where
+that is lost, with its weights at the step they have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metis_lib.assets import metis_home
+from metis_lib.checkpoints import SHIPPED
+from metis_lib.config import preset
+from metis_lib.data.store import write_text
+from metis_lib.errors import MetisError
+from metis_lib.training.recipes import BUILD, FOLDERS, Job, settings_for, train
+
+KEYS = {"model", "settings", "options", "mode", "rank", "workers", "state", "steps", "score", "cpu_hours", "frames"}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A queue file, checked."""
+    if not path.is_file():
+        raise MetisError(f"no queue at {path}; a clone of the repository has recipes/nano/queue.json")
+    queue = json.loads(path.read_text())
+    for entry in queue["pieces"]:
+        if entry.get("model") not in BUILD or set(entry) - KEYS:
+            raise MetisError(f"{path}: bad entry {entry.get('model')!r} (unknown keys: {sorted(set(entry) - KEYS)})")
+    return queue
+
+
+def next_piece(queue: dict[str, Any]) -> int | None:
+    """Number of the first entry that is not done."""
+    return next((i for i, entry in enumerate(queue["pieces"]) if entry.get("state") != "done"), None)
+
+
+def table(queue: dict[str, Any]) -> str:
+    """The queue as lines of text."""
+    lines = [f"{'':2} {'piece':<14} {'state':<5} {'steps':>14} {'CPU h':>6}  score"]
+    for i, entry in enumerate(queue["pieces"]):
+        horizon = settings_for(entry["model"], queue["preset"], **entry.get("settings", {})).steps
+        score = ", ".join(f"{k} {v:.4g}" for k, v in entry.get("score", {}).items())
+        steps, hours = f"{entry.get('steps', 0)}/{horizon}", entry.get("cpu_hours", 0.0)
+        lines.append(f"{i:2} {entry['model']:<14} {entry.get('state', 'todo'):<5} {steps:>14} {hours:>6.2f}  {score}")
+    return "\n".join(lines)
+
+
+def home(queue: dict[str, Any]) -> Path:
+    """Where the system grows."""
+    return metis_home() / "runs" / queue["system"]
+
+
+def bring_shipped(queue: dict[str, Any]) -> None:
+    """Copy shipped parts that the growing system lacks and that have its sizes: the weights to go on from."""
+    sizes, shipped = preset(queue["preset"]), SHIPPED / queue["system"]
+    for model in BUILD:
+        at, target = shipped / FOLDERS.get(model, model), home(queue) / FOLDERS.get(model, model)
+        if (target / "config.json").exists() or not (at / "config.json").is_file():
+            continue
+        config = json.loads((at / "config.json").read_text())["config"]
+        wanted = getattr(sizes, model, None)
+        fits = (
+            wanted is not None
+            and {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()} == config
+        )
+        if fits or (wanted is None and (home(queue) / "stage1" / "config.json").exists()):
+            shutil.copytree(at, target)
+
+
+def run_next(
+    path: Path, *, budget: str | None = None, manifest: Path | None = None, only: str | None = None,
+    device: str = "auto", say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train the next piece (or the next of the model ``only``) and write down what came of it.
+
+    Returns:
+        The entry, with ``number`` and ``finished``; MetisError where nothing is left, or what ``train`` raises.
+    """
+    queue = read(path)
+    open_ones = [i for i, e in enumerate(queue["pieces"]) if e.get("state") != "done" and only in (None, e["model"])]
+    if not open_ones:
+        raise MetisError(f"{path}: nothing is left to train" + (f" of {only}" if only else ""))
+    number = open_ones[0]
+    entry = queue["pieces"][number]
+    bring_shipped(queue)
+    job = Job(
+        entry["model"], preset(queue["preset"]), home(queue),
+        settings_for(entry["model"], queue["preset"], **entry.get("settings", {})),
+        manifest or metis_home() / "corpora" / queue["system"] / "manifest.jsonl", mode=entry.get("mode", "lora"),
+        rank=entry.get("rank", 16), options=entry.get("options", {}), workers=entry.get("workers", 0),
+        about={"data": queue["data"], "licence": queue["licence"]},
+    )  # fmt: skip
+    say(f"piece {number}: {entry['model']}, from step {entry.get('steps', 0)} to {job.settings.steps}")
+    pid = home(queue) / "queue.pid"
+    if working(pid):
+        raise MetisError(f"process {pid.read_text()} works on the queue already")
+    write_text(pid, str(os.getpid()))
+    fresh = entry.get("state", "todo") == "todo"  # states of an earlier piece of this model are not its own
+    try:
+        found = train(job, budget=budget, resume=not fresh, first=entry.get("steps", 0), device=device, say=say)
+    finally:
+        pid.unlink(missing_ok=True)
+    counted = ("steps", "finished", "seconds", "cpu_seconds", "frames", "skipped")
+    entry |= {
+        "state": "done" if found["finished"] else "part", "steps": found["steps"],
+        "cpu_hours": round(found["cpu_seconds"] / 3600, 3), "frames": int(found["frames"]),
+        "score": {key: value for key, value in found.items() if key not in counted},
+    }  # fmt: skip
+    queue = read(path)  # somebody may have edited the other entries meanwhile
+    queue["pieces"][number] = entry
+    write(path, queue)
+    return {**entry, "number": number, "finished": found["finished"]}
+
+
+def working(pid: Path) -> bool:
+    """Whether the process that the file names is alive."""
+    try:
+        os.kill(int(pid.read_text()), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def write(path: Path, queue: dict[str, Any]) -> None:
+    """Write a queue file, one line an entry."""
+    head = {key: value for key, value in queue.items() if key != "pieces"}
+    lines = ",\n".join(f"  {json.dumps(entry, ensure_ascii=False)}" for entry in queue["pieces"])
+    text = json.dumps(head, indent=1, ensure_ascii=False)[:-2]
+    write_text(path, f'{text},\n "pieces": [\n{lines}\n ]\n}}\n')
+
+
+def pause(path: Path, paused: bool) -> int:
+    """Stop (or let go on) the process that works on the queue; its number.  MetisError where there is none."""
+    pid = home(read(path)) / "queue.pid"
+    if not working(pid):
+        raise MetisError("nobody works on the queue now")
+    number = int(pid.read_text())
+    os.kill(number, signal.SIGSTOP if paused else signal.SIGCONT)
+    return number

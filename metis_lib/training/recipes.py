@@ -1,0 +1,387 @@
+"""How every part of a system is trained: what it reads, what its weights are called, where they go.
+
+``train(Job(...))`` is behind ``metis train part``, ``metis train finetune`` and the queue of ``recipes/nano``.
+A job works in a system's folder: it reads the parts that earlier jobs left there and writes its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
+from metis_lib.config import (
+    AcousticCodecConfig,
+    LipConfig,
+    SemanticCodecConfig,
+    SSLConfig,
+    Stage1Config,
+    Stage2Config,
+    SystemConfig,
+    preset,
+)
+from metis_lib.data.examples import Pool, Sources
+from metis_lib.data.shards import Shards, tokenise
+from metis_lib.data.store import FlatStore, read_manifest
+from metis_lib.errors import MetisError
+from metis_lib.models.discriminators import NANO, DiscriminatorConfig
+from metis_lib.models.masked import MaskingSettings
+from metis_lib.models.stage1 import Stage1
+from metis_lib.models.stage2 import Stage2
+from metis_lib.tasks import TASKS, task
+from metis_lib.tokenizers.lips import LipEncoder
+from metis_lib.tokenizers.semantic import SemanticCodec
+from metis_lib.tokenizers.ssl import SSLEncoder
+from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.training import data
+from metis_lib.training import generative as gen
+from metis_lib.training import tokenizers as tok
+from metis_lib.training.loop import Objective, TrainSettings, card, fit, make_fabric
+
+FOLDERS = {"semantic": "semantic_codec", "acoustic": "acoustic_codec"} | {name: f"tasks/{name}" for name in TASKS}
+"""Folder of a part below a system's, where it is not the part's name."""
+
+
+def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
+    """The preset's settings of a model (``settings.json``: the paper's where it states them), with changes."""
+    table = json.loads(Path(__file__).with_name("settings.json").read_text())
+    if preset_name not in table:
+        raise MetisError(f"no training settings for the preset {preset_name!r}; choose one of {', '.join(table)}")
+    chosen = {**table[preset_name][""], **table[preset_name].get(model, {}), **changes}
+    if "betas" in chosen:
+        chosen["betas"] = tuple(chosen["betas"])
+    if chosen.get("steps", 1) < 1 or chosen["frames"] < 1 or chosen.get("accumulate", 1) < 1:
+        raise MetisError("steps, frames and accumulate must be at least 1")
+    return TrainSettings(**chosen)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        model: a key of :data:`BUILD`.
+        system: the sizes of all parts.
+        out: the system's folder.
+        settings: of the loop.
+        manifest: of the recordings (24 kHz or any rate), with splits; the corpus's noise and rooms lie beside it.
+        shards: folder of token shards, with a sub-folder for each split; made from the manifest where not given.
+        mode, rank: of a task: ``full``, ``lora`` or ``adapter``; the rank of its LoRA.
+        options: of a model, by name (see the builders).
+        workers: processes that prepare batches.
+        check: held-out batches that validation takes.
+        about: facts for the card (data, licence, notes).
+    """
+
+    model: str
+    system: SystemConfig
+    out: Path
+    settings: TrainSettings
+    manifest: Path | None = None
+    shards: Path | None = None
+    mode: str = "lora"
+    rank: int = 16
+    options: dict[str, Any] = field(default_factory=dict)
+    workers: int = 0
+    check: int = 6
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where the part goes."""
+        return self.out / FOLDERS.get(self.model, self.model)
+
+    @property
+    def recordings(self) -> Path:
+        """The manifest; MetisError where none was given."""
+        if self.manifest is None:
+            raise MetisError(f"training {self.model} needs recordings: give a manifest (metis prepare manifest)")
+        return self.manifest
+
+    @cached_property
+    def frozen(self) -> tok.Frozen:
+        """SSL encoder, and semantic codec where there is one, of the system's folder."""
+        encoder = load_module(self.out / "ssl", SSLConfig, SSLEncoder)
+        encoder.set_stats(**load_state(self.out / "ssl", "stats"))
+        codec = self.out / "semantic_codec"
+        made = (codec / "config.json").is_file() and self.model != "semantic"
+        return tok.Frozen(encoder, load_module(codec, SemanticCodecConfig, SemanticCodec) if made else None)
+
+    def waves(self, split: str) -> FlatStore:
+        """The recordings of a split."""
+        return data.waves_of(self.recordings, split)
+
+    def sources(self, split: str, pool: Pool | None = None) -> Sources:
+        """Noise, rooms and other speakers; only coloured noise where the corpus has none."""
+        folder = self.recordings.parent
+        if not (folder / "noise.jsonl").is_file():
+            return Sources(pool)
+        return data.sources_of(folder, split, pool)
+
+    def tokens(self, split: str) -> Shards:
+        """Token shards of a split, made by the system's tokenizers on first use."""
+        if self.shards is not None:
+            return Shards(self.shards / split)
+        parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
+        folder = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
+        tokenise(self.recordings, folder, system=self.out, split=split, workers=2)
+        return Shards(folder)
+
+
+def load_module(folder: Path, config: type, cls: type) -> Any:
+    """A part of a system, filled."""
+    module = cls(load_config_and_card(folder, config)[0])
+    fill(module, load_state(folder), folder)
+    return module.eval()
+
+
+Built = tuple[Objective, Any, Callable[[], dict[str, Any]]]
+"""The objective, the source of its batches, and what is to be saved: arguments of :func:`save_part`."""
+
+
+def _check(job: Job, source: Any) -> list[Any]:
+    settings = replace(job.settings, frames=min(job.settings.frames, 3000), seed=1)
+    return data.Feed(source, settings).held_out(job.check)
+
+
+def _ssl(job: Job) -> Built:
+    """Options: ``ctc`` (weight, 0 for none), ``noisy`` (part heard degraded), ``longest`` (frames)."""
+    o = {"ctc": 1.0, "noisy": 0.3, "longest": 300, **job.options}
+    sources = {split: job.sources(split) for split in ("train",)} if o["noisy"] else {}
+    source = data.Speech(job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed)
+    held_out = data.Speech(job.waves("validation"), longest=600)
+    objective = tok.SSLTraining(job.system.ssl, phones=PhoneTokenizer().size, ctc=o["ctc"], check=_check(job, held_out))
+
+    def saved() -> dict[str, Any]:
+        feed = data.Feed(source, replace(job.settings, frames=6000))
+        tok.set_statistics(objective.encoder, feed.held_out(20))
+        save_part(job.folder, objective.encoder.stats_state(), job.system.ssl, name="stats")
+        return {"state": objective.encoder, "config": job.system.ssl}
+
+    return objective, source, saved
+
+
+def _semantic(job: Job) -> Built:
+    source = data.Speech(job.waves("train"), None, 0.0, job.options.get("longest", 300), job.settings.seed)
+    held_out = data.Speech(job.waves("validation"), longest=600)
+    objective = tok.SemanticTraining(job.system.semantic, job.frozen, check=_check(job, held_out))
+    return objective, source, lambda: {"state": objective.codec, "config": job.system.semantic}
+
+
+def _acoustic(job: Job) -> Built:
+    """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
+    ``discriminators`` (``nano`` or ``paper``)."""
+    o = {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano", **job.options}
+    frames = max(1, round(o["seconds"] * 50))
+    source = data.Crops(job.waves("train"), frames, job.settings.seed)
+    held_out = _check(job, data.Crops(job.waves("validation"), 4 * frames, 1))
+    critics = None
+    if o["adversarial_from"] is not None:
+        critics = NANO if o["discriminators"] == "nano" else DiscriminatorConfig()
+    objective = tok.AcousticTraining(
+        job.system.acoustic, discriminators=critics, adversarial_from=o["adversarial_from"] or 0,
+        convergence=o["convergence"], check=held_out,
+    )  # fmt: skip
+    return objective, source, lambda: {"state": objective.codec, "config": job.system.acoustic}
+
+
+def _stage1(job: Job) -> Built:
+    """Options: ``floor`` (least mask ratio; 0.2 in the released code), ``longest``."""
+    masking = MaskingSettings(ratio_floor=job.options.get("floor", 0.0))
+    longest = job.options.get("longest", 600)
+    source = data.Tokens(job.tokens("train"), masking, longest=longest, seed=job.settings.seed)
+    check = _check(job, data.Tokens(job.tokens("validation"), masking, seed=1))
+    objective = gen.Stage1Training(Stage1(job.system.stage1), check=check)
+    return objective, source, lambda: {"state": objective.model, "config": job.system.stage1}
+
+
+def _stage2(job: Job) -> Built:
+    config: Stage2Config = getattr(job.system, job.model)
+    weights = Stage2(config).layer_weights().tolist()
+    longest = job.options.get("longest", 600)
+    made = {
+        split: data.Tokens(job.tokens(split), gen.STAGE2_MASKING, layer_weights=weights, longest=longest, seed=seed)
+        for split, seed in (("train", job.settings.seed), ("validation", 1))
+    }
+    objective = gen.Stage2Training(config, check=_check(job, made["validation"])[: max(1, job.check // 2)])
+    return objective, made["train"], lambda: {"state": objective.model, "config": config}
+
+
+def _lips(job: Job) -> Built:
+    made = {
+        split: data.Lips(job.waves(split), seed=seed)
+        for split, seed in (("train", job.settings.seed), ("validation", 1))
+    }
+    objective = tok.LipTraining(job.system.lips, phones=PhoneTokenizer().size, check=_check(job, made["validation"]))
+    return objective, made["train"], lambda: {"state": objective.encoder, "config": job.system.lips}
+
+
+def _task(job: Job) -> Built:
+    """Options: ``text_hint`` (``even``), ``longest`` (frames)."""
+    entry, o = task(job.model), {"longest": 600, **job.options}
+    hint = {"text_hint": o["text_hint"]} if "text_hint" in o and entry.takes_text else {}
+    changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
+    config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
+    base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
+    model = gen.task_model(base_config, base, config)
+    gen.choose_trained(model, base, job.mode)
+    made: dict[str, Any] = {}
+    frozen, lips = None, None
+    for split, seed in (("train", job.settings.seed), ("validation", 1)):
+        longest = min(o["longest"], 300) if entry.takes_video else o["longest"]
+        drop = entry.condition_dropout if split == "train" else 0.0
+        if job.model == "tts" and (job.shards is not None or not o.get("audio")):
+            made[split] = data.Tokens(
+                job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed
+            )
+            continue
+        frozen = job.frozen
+        if entry.takes_video:
+            lips = load_module(job.out / "lips", LipConfig, LipEncoder)
+            made[split] = data.Lips(job.waves(split), entry.masking, longest, seed)
+            continue
+        pool = Pool(job.waves(split))
+        shards = job.tokens(split) if not o.get("audio") else None
+        made[split] = data.Adaptation(
+            pool, job.sources(split, pool), entry.mixture or {job.model: 1.0}, masking=entry.masking, shards=shards,
+            dropout=drop, longest=longest, seed=seed,
+        )  # fmt: skip
+    check = _check(replace(job, check=4 * job.check) if job.model == "omni" else job, made["validation"])
+    objective = gen.Stage1Training(model, frozen=frozen, lips=lips, check=check)
+    full = job.mode == "full"
+    return objective, made["train"], lambda: {"state": gen.task_state(model, base, full=full), "config": config}
+
+
+BUILD: dict[str, Callable[[Job], Built]] = {
+    "acoustic": _acoustic, "ssl": _ssl, "semantic": _semantic, "stage1": _stage1, "stage2_layer1": _stage2,
+    "stage2_full": _stage2, "lips": _lips,
+} | dict.fromkeys(TASKS, _task)  # fmt: skip
+"""In the order in which they depend on each other."""
+
+
+def _warm(job: Job, objective: Any) -> dict[str, Any]:
+    """Load the part's weights where the folder has them (bf16 will do); what its card says, or {}."""
+    if not (job.folder / "config.json").is_file():
+        return {}
+    document, state = json.loads((job.folder / "config.json").read_text()), load_state(job.folder)
+    if job.model in TASKS:
+        have = {k.removeprefix("model."): v for k, v in state.items()}
+        missing = set(have) - set(objective.model.state_dict())
+        if missing:
+            raise MetisError(f"{job.folder} was trained in another mode or rank ({min(missing)}); move it away")
+        objective.model.load_state_dict(have, strict=False)
+    else:
+        nets = [m for name, m in objective.named_children() if name in ("encoder", "codec", "model")]
+        fill(nets[0], state, job.folder)
+    return document["card"]
+
+
+def train(
+    job: Job, *, budget: str | None = None, resume: bool = True, first: int = 0, device: str = "auto",
+    strategy: str = "auto", say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train one part into its system's folder; it goes on from the part's weights where there are any.
+
+    Args:
+        budget: time after which it stops with a state, such as ``100m``.
+        resume: go on with the run that was stopped; False begins a new one from the weights.
+        first: steps that a run has behind it whose state is lost (the weights alone are left).
+        device, strategy: of Fabric.
+
+    Returns:
+        What :func:`~metis_lib.training.loop.fit` returns.
+
+    Raises:
+        MetisError: an unknown model, data or earlier parts that are missing, and what ``fit`` raises.
+    """
+    if job.model not in BUILD:
+        raise MetisError(f"cannot train {job.model!r}; choose one of {', '.join(BUILD)}")
+    fabric = make_fabric(job.settings, device=device, strategy=strategy)
+    if fabric.world_size > 1 and fabric.global_rank:  # the first process prepares what is missing
+        fabric.barrier("prepared")
+    torch.manual_seed(job.settings.seed)
+    objective, source, saved = BUILD[job.model](job)
+    if fabric.world_size > 1 and not fabric.global_rank:
+        fabric.barrier("prepared")
+    before, run = _warm(job, objective), job.out / "runs" / job.model
+    if not resume and run.is_dir():
+        shutil.rmtree(run)
+    scores = fit(
+        objective, data.Feed(source, job.settings, workers=job.workers), job.settings, run, fabric=fabric,
+        budget=budget, first=first, say=say,
+    )  # fmt: skip
+    if fabric.is_global_zero:
+        done = saved()
+        earlier = before.get("earlier", []) + ([before["scores"]] if before.get("scores", {}).get("finished") else [])
+        facts = {**job.about, "options": job.options, **({"earlier": earlier} if earlier else {})}
+        save_part(job.folder, done["state"], done["config"], card(scores, job.settings, **facts))
+    fabric.barrier()
+    if scores["finished"] and fabric.is_global_zero:  # the next run begins from the weights
+        shutil.rmtree(run / "states", ignore_errors=True)
+    return scores
+
+
+def derive(base: str | Path, out: Path) -> SystemConfig:
+    """A new system folder that has all parts of ``base`` (linked, or copied where that fails); returns its sizes."""
+    source = locate(base)
+    for path in sorted(source.rglob("*")):
+        target = out / path.relative_to(source)
+        if path.is_dir() or target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, target)
+        except OSError:
+            shutil.copy(path, target)
+    return sizes(out)
+
+
+def sizes(folder: Path) -> SystemConfig:
+    """The configuration of a system's folder, part by part; parts that it lacks are nano's."""
+    parts: dict[str, Any] = {
+        "ssl": SSLConfig, "semantic": SemanticCodecConfig, "acoustic": AcousticCodecConfig, "stage1": Stage1Config,
+        "stage2_layer1": Stage2Config, "stage2_full": Stage2Config, "lips": LipConfig,
+    }  # fmt: skip
+    found = {
+        name: load_config_and_card(folder / FOLDERS.get(name, name), cls)[0]
+        for name, cls in parts.items()
+        if (folder / FOLDERS.get(name, name) / "config.json").is_file()
+    }
+    return replace(preset("nano"), name=folder.name, **found)
+
+
+def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
+    """Make room for a task of another mode or rank than the one in ``out``; the options (text hint) of what was there.
+
+    A task that fits stays, to go on from.
+    """
+    folder = out / FOLDERS[name]
+    if not (folder / "config.json").is_file():
+        return {"text_hint": "even"} if task(name).takes_text else {}
+    config = load_config_and_card(folder, TaskConfig)[0]
+    if config.lora_rank != (rank if mode == "lora" else 0) or mode == "full":
+        shutil.rmtree(folder)
+    hint = config.stage1.get("text_hint", "none")
+    return {"text_hint": hint} if hint != "none" else {}
+
+
+def check_manifest(path: Path) -> None:
+    """MetisError unless ``path`` is a manifest with recordings for training and validation."""
+    splits = {row.split for row in read_manifest(path)}
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise MetisError(f"{path} has no recordings of the split {split!r}; see metis prepare manifest --splits")
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters that train."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -457,17 +457,6 @@ class Training(Command):
         switches = {"checkpointing": self.checkpointing, "compile": self.compile, "seed": self.seed}
         return settings_for(model, preset_name, **given, **switches)
 
-    def _train(self, job: Any) -> Answer:
-        from metis_lib.training.recipes import train
-
-        scores = train(
-            job, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy, say=_say
-        )
-        lines = [f"{key}: {value:.4g}" for key, value in scores.items()]
-        return Answer(
-            "\n".join([f"{job.folder}:", *lines]), {"model": job.model, "out": str(job.folder), "scores": scores}
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPart(Training):
@@ -490,12 +479,16 @@ class TrainPart(Training):
 
     def run(self) -> Answer:
         from metis_lib.config import preset
-        from metis_lib.training.recipes import Job
+        from metis_lib.training.recipes import Job, train
 
-        return self._train(Job(
+        job = Job(
             self.model, preset(self.preset), self.out, self._settings(self.model, self.preset), self.data, self.shards,
             self.mode, self.rank, workers=self.workers,
-        ))  # fmt: skip
+        )  # fmt: skip
+        scores = train(
+            job, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy, say=_say
+        )
+        return _trained(self.model, self.out, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,19 +511,15 @@ class FineTune(Training):
     """Train only what the task adds: adapter, text embedding."""
 
     def run(self) -> Answer:
-        from metis_lib.training import recipes
+        from metis_lib.training.recipes import finetune
 
-        manifest = _manifest(self.data, self.out)
-        recipes.check_manifest(manifest)
-        system = recipes.derive(self.base, self.out)
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
-        rank = self.lora if mode == "lora" else 0
-        options = recipes.match_task(self.out, self.task, mode, rank)
-        return self._train(recipes.Job(
-            self.task, system, self.out, self._settings(self.task, "nano"), manifest, mode=mode, rank=rank,
-            options={"audio": True, **options}, workers=self.workers,
-            about={"data": str(self.data), "licence": "that of the base and of your data, whichever is stricter"},
-        ))  # fmt: skip
+        scores = finetune(
+            self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
+            settings=self._settings(self.task, "nano"), budget=self.budget, resume=not self.fresh, device=self.device,
+            strategy=self.strategy, say=_say,
+        )  # fmt: skip
+        return _trained(self.task, self.out, scores)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -658,16 +647,9 @@ def _recipe(module: str) -> Any:
     return importlib.import_module(f"recipes.{module}")
 
 
-def _manifest(source: Path, out: Path) -> Path:
-    """``source`` if it is a manifest, else the one made from it under ``out``."""
-    from metis_lib.data.importers import build_manifest
-    from metis_lib.data.store import read_manifest
-
-    if source.is_file() and source.suffix == ".jsonl":
-        with contextlib.suppress(MetisError):
-            read_manifest(source)
-            return source
-    return build_manifest(source, out / "data", say=_say).manifest
+def _trained(model: str, out: Path, scores: dict[str, Any]) -> Answer:
+    lines = [f"{model} in {out}:", *(f"{key}: {value:.4g}" for key, value in scores.items())]
+    return Answer("\n".join(lines), {"model": model, "out": str(out), "scores": scores})
 
 
 def _imported(done: Any) -> Answer:

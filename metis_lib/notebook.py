@@ -9,9 +9,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -149,6 +150,47 @@ def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when eac
     figure.colorbar(image, ax=axis, label="decided at")
     plt.close(figure)
     return figure
+
+
+def training_curves(folder: str | Path) -> Figure:
+    """What a run has logged so far (``log.jsonl``): every term of the loss, and the scores of its validations."""
+    import matplotlib.pyplot as plt
+    import pandas
+    import seaborn
+
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    quiet = {"step", "lr", "seconds", "frames", "skipped", "validation"}
+    rows = [(x["step"], "training", k, v) for x in lines for k, v in x.items() if k not in quiet]
+    rows += [(x["step"], "held out", k, v) for x in lines for k, v in x.get("validation", {}).items()]
+    table = pandas.DataFrame(rows, columns=["step", "of", "score", "value"])
+    figure, axes = plt.subplots(1, 2, figsize=(8, 2.8), layout="constrained")
+    for axis, (label, part) in zip(axes, table.groupby("of", sort=False), strict=False):
+        seaborn.lineplot(part, x="step", y="value", hue="score", style="score", markers=label != "training", ax=axis)
+        axis.set(title=label)
+    if table["of"].nunique() < 2:
+        axes[1].set_axis_off()
+    plt.close(figure)
+    return figure
+
+
+def live_curves(folder: str | Path) -> Callable[[str], None]:
+    """For ``say=`` of a training: in a notebook the curves are drawn anew with every line, elsewhere lines are printed."""
+    from IPython.display import display
+
+    handle: Any = None
+
+    def say(line: str) -> None:
+        nonlocal handle
+        if "ipykernel" not in sys.modules or os.environ.get("METIS_PLAIN_PROGRESS") == "1":
+            print(line, flush=True)
+        elif (Path(folder) / "log.jsonl").is_file():
+            figure = training_curves(folder)
+            if handle is None:
+                handle = display(figure, display_id=True)
+            else:
+                handle.update(figure)
+
+    return say
 
 
 def produced(folder: str | Path, *, pattern: str = "**/*") -> DataFrame:

@@ -139,6 +139,11 @@ class Metis:
                 tasks[name] = (config, {key: value for key, value in added.items() if key not in base})
         return cls(parts, tasks, "debug", device)
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that this system has weights for."""
+        return tuple(self._added)
+
     def task_model(self, name: str) -> Stage1:
         """Stage 1 as fine-tuned for a task, LoRA folded in; built on first use."""
         if name not in self._task_models:

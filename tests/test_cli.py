@@ -25,7 +25,9 @@ COMMANDS = [
     *(f"prepare {name}" for name in cli.PREPARE),
     "evaluate",
     "report",
-    "train",
+    "train part",
+    "train finetune",
+    "train queue",
     "checkpoint inspect",
     "doctor",
     "lab",
@@ -221,7 +223,7 @@ def unknown_asset(folder, voice):
 
 
 def unknown_piece(folder, voice):
-    return cli.main(["train", "philosophy", "--steps=1"])
+    return cli.main(["train", "part", "philosophy", "--out", str(folder / "system"), "--steps=1"])
 
 
 def unknown_testset(folder, voice):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from metis_lib.errors import MetisError
 from metis_lib.config import LipConfig
+from metis_lib.errors import MetisError
 from metis_lib.tokenizers.lips import LipEncoder, normalise, read_released_config, sinusoids, upsample
 
 GOLDEN = Path(__file__).parent / "golden"

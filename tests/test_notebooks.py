@@ -190,3 +190,30 @@ def test_the_quick_start_runs_on_random_weights(tmp_path: Path) -> None:
     assert kinds.count("image/png") == 5
     assert sum("<audio" in "".join(output.get("data", {}).get("text/html", "")) for output in shown) == 3
     assert "same seed, same samples: True" in "".join(output.get("text", [""])[0] for output in shown)
+
+
+@pytest.mark.notebooks
+@pytest.mark.training
+def test_fine_tuning_runs_on_the_shipped_system(tmp_path: Path) -> None:
+    from metis_lib.evaluation.runner import run_notebook
+
+    executed, log = tmp_path / "executed.ipynb", tmp_path / "log"
+    parameters = {"steps": 6, "frames": 600, "out": str(tmp_path / "out"), "device": "cpu"}
+    assert run_notebook(ROOT / "notebooks" / "08_finetune.ipynb", executed, parameters, log) is None
+    assert {"before.flac", "after.flac", "mine.jsonl"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    lines = [json.loads(x) for x in (tmp_path / "out/system/runs/se/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 6 and lines[-1]["validation"]["with_condition"] > 0
+    shown = [output for _, cell in code_cells(executed) for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in shown) == 1
+    assert sum("<audio" in "".join(output.get("data", {}).get("text/html", "")) for output in shown) == 2
+
+
+def test_curves_show_what_was_logged(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("METIS_PLAIN_PROGRESS", "1")
+    lines = [{"step": n, "lr": 0.1, "seconds": 1.0, "loss": 5.0 / n, "frames": 9.0, "skipped": 0} for n in (1, 2, 3)]
+    lines[-1]["validation"] = {"with_condition": 2.0, "without": 3.0}
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    training, held_out = notebook.training_curves(tmp_path).axes
+    assert training.lines[0].get_ydata().tolist() == [5.0, 2.5, 5.0 / 3] and held_out.get_title() == "held out"
+    notebook.live_curves(tmp_path)("step 3")
+    assert capsys.readouterr().out == "step 3\n"

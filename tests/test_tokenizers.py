@@ -233,7 +233,7 @@ def test_acoustic_codec_trains_under_autocast() -> None:
         out = codec(wav, torch.Generator().manual_seed(0))
     assert out["recon"].shape == wav.shape and out["codes"].shape == (2, 11, 12)
     assert all(out[k].dtype == torch.float32 for k in ("recon", "commit_loss", "codebook_loss"))
-    loss = multi_scale_mel_losses(out["recon"], wav, 24_000)[0] + out["commit_loss"] + out["codebook_loss"]
+    loss = multi_scale_mel_losses(out["recon"], wav, 24_000)[0].mean() + out["commit_loss"] + out["codebook_loss"]
     loss.backward()
     for name, parameter in codec.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

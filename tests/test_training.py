@@ -809,3 +809,59 @@ def test_every_preset_has_settings_for_every_model():
     with pytest.raises(MetisError, match="no training settings"):
         recipes.settings_for("ssl", "huge")
     assert DEBUG.name == "debug"
+
+
+# ---------------------------------------------------------------- tokens alone, on a bare machine
+
+BARE = """
+from importlib.machinery import PathFinder
+
+MISSING = {"soundfile", "soxr", "tyro", "phonemizer", "espeakng_loader", "inflect", "speechbrain", "parselmouth", "cv2",
+           "jiwer", "av", "pyroomacoustics", "faster_whisper", "IPython", "ipywidgets", "webdataset", "lhotse"}
+found = PathFinder.find_spec
+PathFinder.find_spec = lambda name, *more: None if name.split(".")[0] in MISSING else found(name, *more)
+from recipes.nano import trip
+trip.main()
+"""
+
+
+def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypatch):
+    """Packed here, trained where nothing but PyTorch is, cut into small files, brought home."""
+    from metis_lib.data.shards import Packed
+    from recipes.nano import trip
+
+    manifest, system = workshop
+    home = tmp_path / "home"
+    monkeypatch.setenv("METIS_HOME", str(home))
+    shutil.copytree(manifest.parent, home / "corpora/little")
+    shutil.copytree(system, home / "runs/little")
+    pieces = [{"model": m, "settings": {"steps": 5}, "rank": 4} for m in ("stage1", "stage2_layer1", "tts")]
+    path = tmp_path / "queue.json"
+    queue.write(path, {"system": "little", "preset": "debug", "data": "d", "licence": "l", "pieces": pieces})
+    held = trip.pack_up(tmp_path / "pack", 1.0, path)
+    assert held["train"]["items"] == 8 and held["validation"]["items"] == 2
+    job = make_job("stage1", home / "runs/little", home / "corpora/little/manifest.jsonl")
+    packed, shards = Packed(tmp_path / "pack/train.safetensors"), job.tokens("train")
+    whole = {tuple(shards.record(i)["phones"]): shards[i][1] for i in range(8)}
+    for i in range(8):
+        record, tokens = packed[i]
+        assert np.array_equal(whole[tuple(record["phones"])], tokens)
+    command = ["train", str(tmp_path / "pack"), "stage1", "stage2_layer1", "tts", "--results", str(tmp_path / "back")]
+    subprocess.run(
+        [sys.executable, "-c", BARE, *command, "--budget", "60s", "--largest", "0.05", "--device", "cpu"], check=True,
+        cwd=GOLDEN.parent.parent, env={**os.environ, "METIS_HOME": str(tmp_path / "elsewhere")}, timeout=300,
+    )  # fmt: skip
+    sizes = [file.stat().st_size for file in (tmp_path / "back").rglob("*") if file.is_file()]
+    assert max(sizes) <= 50_000 and len(sizes) > 6
+    weights = load_file(home / "runs/little/stage1/model.safetensors")
+    assert trip.bring_home(tmp_path / "back", path) == ["stage1", "stage2_layer1", "tts"]
+    entries = queue.read(path)["pieces"]
+    assert [e["state"] for e in entries] == ["done"] * 3 and entries[0]["score"]["cross_entropy"] > 0
+    trained = load_file(home / "runs/little/stage1/model.safetensors")
+    assert not torch.equal(weights["to_logit.weight"], trained["to_logit.weight"])
+    small = trip.pack(shards, tmp_path / "small.safetensors", megabytes=0.007)
+    assert 0 < small["items"] < 8 and small["bytes"] <= 7_000
+    with pytest.raises(MetisError, match="hold no item"):
+        trip.pack(shards, tmp_path / "none.safetensors", megabytes=0.0001)
+    with pytest.raises(MetisError, match="from tokens alone"):
+        trip.train_there(tmp_path / "pack", ["ssl"], tmp_path / "back", "1m", 15)

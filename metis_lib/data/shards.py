@@ -409,3 +409,69 @@ def stream(folder: str | Path, **order: int) -> Iterator[tuple[Any, ...]]:
     """
     shards = Shards(folder)
     return (shards[i] for i in shards.order(**order))
+
+
+class Packed:
+    """Token shards as one small file (14 bytes a frame where codebooks have at most 256 entries): for a machine that
+    has little room or no way to reach the corpus.  Read like :class:`Shards`; a record holds ``id`` and ``phones``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from safetensors.numpy import load_file
+
+        self.path, self._data = Path(path), load_file(path)
+        self.ends = np.array([len(self._data["ends"])])
+        self._bounds = {key: np.concatenate([[0], self._data[key]]) for key in ("ends", "phone_ends")}
+        self._symbols = {i: phone for phone, i in PhoneTokenizer().vocab.items()}
+
+    def __len__(self) -> int:
+        return int(self.ends[0])
+
+    def lengths(self) -> np.ndarray:
+        """Frames of every item."""
+        return np.diff(self._bounds["ends"])
+
+    def record(self, i: int) -> dict[str, Any]:
+        """``id`` (the item's number) and ``phones``."""
+        first, last = self._bounds["phone_ends"][i : i + 2]
+        return {"id": str(i), "phones": [self._symbols[int(p)] for p in self._data["phones"][first:last]]}
+
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        first, last = self._bounds["ends"][i : i + 2]
+        streams = [self._data["ssl"][first:last, None], self._data["codes"][first:last]]
+        return self.record(i), np.concatenate([stream.astype(np.int16) for stream in streams], axis=1)
+
+
+def pack(shards: Shards, path: str | Path, *, megabytes: float | None = None, seed: int = 0) -> dict[str, float]:
+    """Write items of ``shards`` in random order into one file of at most ``megabytes``; nano's phone table.
+
+    Returns:
+        ``items``, ``hours`` and ``bytes``.
+    """
+    from safetensors.numpy import save_file
+
+    vocab, columns = PhoneTokenizer().vocab, dict[str, list[Any]](ssl=[], codes=[], phones=[], ends=[], phone_ends=[])
+    frames = phones = 0
+    for i in np.random.default_rng(seed).permutation(len(shards)):
+        record, tokens, *_ = shards[int(i)]
+        ids = [vocab[p] for p in record.get("phones", ()) if p in vocab]
+        narrow = tokens[:, 1:].astype(np.uint8 if tokens[:, 1:].max(initial=0) < 256 else np.int16)
+        size = (
+            (frames + len(tokens)) * (2 + narrow.itemsize * narrow.shape[1])
+            + phones
+            + len(ids)
+            + 8 * (len(columns["ends"]) + 1)
+        )
+        if megabytes is not None and size > megabytes * 1e6 - 2000:
+            break
+        frames, phones = frames + len(tokens), phones + len(ids)
+        values = (tokens[:, 0], narrow, np.array(ids, np.uint8), frames, phones)
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    if not frames:
+        raise MetisError(f"{megabytes} MB hold no item of {shards.folder}")
+    arrays = {key: np.concatenate(columns[key]) for key in ("ssl", "codes", "phones")}
+    arrays |= {key: np.array(columns[key], np.int32) for key in ("ends", "phone_ends")}
+    with _whole(Path(path)) as stream:
+        save_file(arrays, stream.name)
+    return {"items": len(columns["ends"]), "hours": frames / FRAME_RATE / 3600, "bytes": Path(path).stat().st_size}

@@ -41,22 +41,24 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, rotate-half form; ``cos`` and ``sin`` of :func:`rotary_table`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, N, T, D]``; ``mask [B, 1, 1, T]`` True where a key may be seen.
 
-    Training on a CPU writes it out: PyTorch's fused kernel is three times slower there, forward and backward
-    together, for the price of keeping the ``B N T^2`` probabilities.
+    Training on a CPU writes it out: PyTorch's fused kernel takes three times as long there (it spares the
+    ``B N T^2`` probabilities, which are kept here).
     """
     if q.device.type != "cpu" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    batch, heads = q.shape[:2]
-    hidden = torch.zeros(batch, 1, q.shape[2]) if mask is None else torch.zeros(mask[:, 0].shape).masked_fill(~mask[:, 0], -torch.inf)
-    q, k, v = (x.reshape(batch * heads, *x.shape[2:]) for x in (q, k, v))
-    scores = torch.baddbmm(hidden.to(q.dtype).repeat_interleave(heads, 0), q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(dim=-1), v).unflatten(0, (batch, heads))
+    batch, heads, frames, depth = q.shape
+    bias = q.new_zeros(batch, heads, frames)
+    if mask is not None:
+        bias.masked_fill_(~mask[:, 0], -torch.inf)
+    q, k, v = (x.reshape(batch * heads, frames, depth) for x in (q, k, v))
+    scores = torch.baddbmm(bias.view(batch * heads, 1, frames), q, k.transpose(1, 2), alpha=depth**-0.5)
+    return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, frames, depth)
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -76,8 +78,7 @@ class AdaptiveRMSNorm(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """``x [B, T, H]``, ``time [B, H]``."""
         scale = self.to_weight(time)[:, None]
-        out = F.rms_norm(x, (x.shape[-1],), eps=self.eps) * scale.to(x.dtype)
-        return out.to(scale.dtype)  # under autocast once, not by each of the products that follow
+        return F.rms_norm(x, (x.shape[-1],), eps=self.eps).to(scale.dtype) * scale
 
 
 class Attention(nn.Module):
@@ -95,9 +96,7 @@ class Attention(nn.Module):
         """``x [B, T, H]``; ``mask [B, 1, 1, T]`` True where a key may be seen."""
         cos, sin = rotary
         split = (*x.shape[:2], self.heads, -1)
-        q = self.q_proj(x).view(split).transpose(1, 2)
-        k = self.k_proj(x).view(split).transpose(1, 2)
-        v = self.v_proj(x).view(split).transpose(1, 2)
+        q, k, v = (p(x).view(split).transpose(1, 2).contiguous() for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
         return self.o_proj(out.transpose(1, 2).reshape(x.shape))

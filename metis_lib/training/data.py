@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from metis_lib import audio
 from metis_lib.assets import metis_home, sha256_file
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
-from metis_lib.data.examples import Pool, Simulated, Simulation, Sources
+from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources
 from metis_lib.data.shards import Shards
 from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
 from metis_lib.data.store import FlatStore, read_manifest, store_waves
@@ -38,8 +38,11 @@ Batch = dict[str, Any]
 class Source(Protocol):
     """``lengths [N]`` in frames (0: never used), ``ends`` of the shards (None: one), and batches of items."""
 
-    lengths: np.ndarray
-    ends: np.ndarray | None
+    @property
+    def lengths(self) -> np.ndarray: ...
+
+    @property
+    def ends(self) -> np.ndarray | None: ...
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         """The batch of ``items`` in epoch ``epoch`` at optimiser step ``step``."""
@@ -397,6 +400,13 @@ class Adaptation:
         self.lengths = np.array([n if i in usable else 0 for i, n in enumerate(frames)])
         self.at = {} if self.shards is None else {self.shards.record(i)["id"]: i for i in range(len(self.shards))}
 
+    def _known(self, i: int, example: Example) -> Tensor | None:
+        """SSL tokens ``[T]`` of an example's target from the shards; None where it is cut or not there."""
+        at = self.at.get(example.id) if len(example.target) == self.pool.samples[i] else None
+        return (
+            None if at is None or self.shards is None else torch.from_numpy(self.shards[at][1][:, 0].astype(np.int64))
+        )
+
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         names, odds = list(self.odds), np.array(list(self.odds.values()), float)
         rng = chance(self.seed, step, 1)
@@ -410,27 +420,16 @@ class Adaptation:
                 failed = str(error)
         if not examples:
             raise MetisError(f"none of the recordings of a batch can be used for {task}, the last one for: {failed}")
-        tokens, heard, conditions, masks, prompts = [], [], [], [], []
-        for i, example in examples:
-            known = self.at.get(example.id) if len(example.target) == self.pool.samples[i] else None
-            if known is not None and self.shards is not None:
-                tokens.append(torch.from_numpy(self.shards[known][1][:, 0].astype(np.int64)))
-            heard.append(_heard(example.target) if known is None or example.condition is None else None)
-            conditions.append(None if example.condition is None else _heard(example.condition))
-        if len(tokens) == len(examples):
-            lengths = [len(t) if c is None else min(len(t), len(c)) for t, c in zip(tokens, conditions, strict=True)]
-        else:
-            heard = [
-                _heard(example.target) if x is None else x for (_, example), x in zip(examples, heard, strict=True)
-            ]
-            lengths = [len(x) if c is None else min(len(x), len(c)) for x, c in zip(heard, conditions, strict=True)]
+        known = [self._known(i, example) for i, example in examples]
+        whole = all(tokens is not None for tokens in known)
+        said: Any = known if whole else [_heard(example.target) for _, example in examples]
+        heard: list[Any] = [None if e.condition is None else _heard(e.condition) for _, e in examples]
+        lengths = [len(x) if c is None else min(len(x), len(c)) for x, c in zip(said, heard, strict=True)]
         out: Batch = {"task": task, "lengths": torch.tensor(lengths)}
-        if len(tokens) == len(examples):
-            out["tokens"] = padded([t[:n] for t, n in zip(tokens, lengths, strict=True)])[0]
-        else:
-            out["target"] = padded([x[:n] for x, n in zip(heard, lengths, strict=True)])[0]
-        if conditions[0] is not None:
-            out["condition"] = padded([c[:n] for c, n in zip(conditions, lengths, strict=True)])[0]
+        out["tokens" if whole else "target"] = padded([x[:n] for x, n in zip(said, lengths, strict=True)])[0]
+        if heard[0] is not None:
+            out["condition"] = padded([c[:n] for c, n in zip(heard, lengths, strict=True)])[0]
+        masks = []
         free = replace(self.masking, prompt_probability=0.0)
         exists = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
         for row, ((i, example), n) in enumerate(zip(examples, lengths, strict=True)):
@@ -439,7 +438,6 @@ class Adaptation:
             hidden[:, :given] = False
             hidden[0, given] |= ~hidden.any()
             masks.append((t, torch.tensor([given]), hidden))
-            prompts.append(given)
             if task in ("vc", "tse") and chance(self.seed, epoch, i, 2).random() < self.dropout:
                 exists[row, :given] = False
         out |= _masks(masks) | {"exists": exists}

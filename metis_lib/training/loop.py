@@ -8,7 +8,9 @@ whole global batch are divided by counts over the whole global batch (Metis equa
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import math
 import os
 import re
@@ -136,22 +138,23 @@ def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str 
     ``strategy``: any name that Fabric knows (``ddp``, ``fsdp``, ...); ``auto`` is DDP for several processes.
     """
     try:
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
-    except ModuleNotFoundError:
-        from lightning.fabric import Fabric
-        from lightning.fabric.strategies import DDPStrategy
+        fabric_module = importlib.import_module("lightning_fabric")
+    except ModuleNotFoundError:  # the package lightning carries it under another name
+        fabric_module = importlib.import_module("lightning.fabric")
+    ddp = importlib.import_module(f"{fabric_module.__name__}.strategies").DDPStrategy
 
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     chosen: Any = strategy
     if strategy in ("auto", "ddp") and world > 1:  # a batch may pass by a task's modules: no text, another codec layer
-        chosen = DDPStrategy(find_unused_parameters=True)
+        chosen = ddp(find_unused_parameters=True)
     accelerator = "auto" if device == "auto" else device.partition(":")[0].replace("cuda", "gpu")
     if settings.precision == "bf16-mixed" and accelerator == "auto" and torch.backends.mps.is_available():
         accelerator = "cpu"  # autocast to bf16 is not complete there
     devices: Any = local if world > 1 else [int(device[5:])] if device.startswith("cuda:") else 1
-    fabric = Fabric(
+    fabric = fabric_module.Fabric(
         accelerator=accelerator, devices=devices, num_nodes=world // local, strategy=chosen,
         precision=settings.precision,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -328,8 +331,9 @@ def fit(
     buffers = dict(objective.named_buffers())
     for key, value in rest.get("buffers", {}).items():
         buffers[key].copy_(value)
-    for key, value in rest.get("average", {}).items() if average else ():
-        average.values[key].copy_(value)
+    if average:
+        for key, value in rest.get("average", {}).items():
+            average.values[key].copy_(value)
     progress = {
         "step": first,
         "skipped": 0,
@@ -372,6 +376,8 @@ def fit(
             ]
             counts, votes = _sum_counts(fabric, [objective.counts(batch) for batch in micro], votes)
             rate = learning_rate(step, settings)
+            if first and not rest:  # a new optimiser knows no second moments yet
+                rate *= min(1.0, (step - first + 1) / max(settings.warmup, 1))
             finite = True
             for part, optimizer in zip(groups, wrapped, strict=True):
                 if part not in objective.parts(step):

@@ -107,16 +107,21 @@ def run_next(
         found = train(job, budget=budget, resume=not fresh, first=entry.get("steps", 0), device=device, say=say)
     finally:
         pid.unlink(missing_ok=True)
-    counted = ("steps", "finished", "seconds", "cpu_seconds", "frames", "skipped")
-    entry |= {
-        "state": "done" if found["finished"] else "part", "steps": found["steps"],
-        "cpu_hours": round(found["cpu_seconds"] / 3600, 3), "frames": int(found["frames"]),
-        "score": {key: value for key, value in found.items() if key not in counted},
-    }  # fmt: skip
+    entry |= outcome(found)
     queue = read(path)  # somebody may have edited the other entries meanwhile
     queue["pieces"][number] = entry
     write(path, queue)
     return {**entry, "number": number, "finished": found["finished"]}
+
+
+def outcome(scores: dict[str, Any]) -> dict[str, Any]:
+    """What a training returned, as an entry of the queue keeps it."""
+    counted = ("steps", "finished", "seconds", "cpu_seconds", "frames", "skipped")
+    return {
+        "state": "done" if scores["finished"] else "part", "steps": scores["steps"],
+        "cpu_hours": round(scores["cpu_seconds"] / 3600, 3), "frames": int(scores["frames"]),
+        "score": {key: value for key, value in scores.items() if key not in counted},
+    }  # fmt: skip
 
 
 def working(pid: Path) -> bool:

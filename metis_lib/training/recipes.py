@@ -30,7 +30,7 @@ from metis_lib.config import (
     preset,
 )
 from metis_lib.data.examples import Pool, Sources
-from metis_lib.data.shards import Shards, tokenise
+from metis_lib.data.shards import Packed, Shards, tokenise
 from metis_lib.data.store import FlatStore, read_manifest
 from metis_lib.errors import MetisError
 from metis_lib.models.discriminators import NANO, DiscriminatorConfig
@@ -74,7 +74,8 @@ class Job:
         out: the system's folder.
         settings: of the loop.
         manifest: of the recordings (24 kHz or any rate), with splits; the corpus's noise and rooms lie beside it.
-        shards: folder of token shards, with a sub-folder for each split; made from the manifest where not given.
+        shards: folder of token shards, with a sub-folder (or a packed file) for each split; made from the manifest
+            where not given.
         mode, rank: of a task: ``full``, ``lora`` or ``adapter``; the rank of its LoRA.
         options: of a model, by name (see the builders).
         workers: processes that prepare batches.
@@ -127,10 +128,11 @@ class Job:
             return Sources(pool)
         return data.sources_of(folder, split, pool)
 
-    def tokens(self, split: str) -> Shards:
+    def tokens(self, split: str) -> Any:
         """Token shards of a split, made by the system's tokenizers on first use."""
         if self.shards is not None:
-            return Shards(self.shards / split)
+            packed = self.shards / f"{split}.safetensors"
+            return Packed(packed) if packed.is_file() else Shards(self.shards / split)
         parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
         folder = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
         tokenise(self.recordings, folder, system=self.out, split=split, workers=2)
@@ -264,7 +266,8 @@ def _task(job: Job) -> Built:
 BUILD: dict[str, Callable[[Job], Built]] = {
     "acoustic": _acoustic, "ssl": _ssl, "semantic": _semantic, "stage1": _stage1, "stage2_layer1": _stage2,
     "stage2_full": _stage2, "lips": _lips,
-} | dict.fromkeys(TASKS, _task)  # fmt: skip
+}  # fmt: skip
+BUILD |= dict.fromkeys(TASKS, _task)
 """In the order in which they depend on each other."""
 
 
@@ -359,6 +362,53 @@ def sizes(folder: Path) -> SystemConfig:
     return replace(preset("nano"), name=folder.name, **found)
 
 
+def finetune(
+    name: str, source: str | Path, out: str | Path, *, base: str | Path = "nano", mode: str = "lora", rank: int = 16,
+    settings: TrainSettings | None = None, workers: int = 0, say: Callable[[str], None] = lambda line: None,
+    **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Adapt a system to a task with recordings of one's own, in a system folder of its own.
+
+    Args:
+        name: the task.
+        source: a manifest, or anything that ``metis prepare manifest`` reads.
+        out: the new system's folder; goes on where it holds the same task already.
+        base: ``nano``, or the folder of a system, which stays as it is.
+        mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
+        settings: nano's settings of the task by default.
+        more: of :func:`train`: budget, resume, device, strategy.
+
+    Returns:
+        What :func:`train` returns.  Use the result by ``Metis.from_pretrained(out)``.
+
+    Raises:
+        MetisError: unusable recordings, none held out for validation, and what ``train`` raises.
+    """
+    from metis_lib.data.importers import build_manifest
+
+    manifest, out, rank = Path(source), Path(out), rank if mode == "lora" else 0
+    try:
+        splits = {row.split for row in read_manifest(manifest)} if manifest.suffix == ".jsonl" else set()
+    except MetisError:  # a list in some other form
+        splits = set()
+    if not splits:
+        manifest = build_manifest(manifest, out / "data", say=say).manifest
+        splits = {row.split for row in read_manifest(manifest)}
+    for split in ("train", "validation"):
+        if split not in splits:
+            raise MetisError(
+                f"{manifest} has no recordings of the split {split!r}; see metis prepare manifest --splits"
+            )
+    system = derive(base, out)
+    options = {"audio": True, **match_task(out, name, mode, rank)}
+    about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
+    job = Job(
+        name, system, out, settings or settings_for(name, "nano"), manifest, mode=mode, rank=rank, options=options,
+        workers=workers, about=about,
+    )  # fmt: skip
+    return train(job, say=say, **more)
+
+
 def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
     """Make room for a task of another mode or rank than the one in ``out``; the options (text hint) of what was there.
 
@@ -372,16 +422,3 @@ def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
         shutil.rmtree(folder)
     hint = config.stage1.get("text_hint", "none")
     return {"text_hint": hint} if hint != "none" else {}
-
-
-def check_manifest(path: Path) -> None:
-    """MetisError unless ``path`` is a manifest with recordings for training and validation."""
-    splits = {row.split for row in read_manifest(path)}
-    for split in ("train", "validation"):
-        if split not in splits:
-            raise MetisError(f"{path} has no recordings of the split {split!r}; see metis prepare manifest --splits")
-
-
-def parameters(module: nn.Module) -> int:
-    """Number of parameters that train."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -309,7 +309,7 @@ class AcousticTraining(Objective):
             sums += [float(mel.sum()), float(convergence.sum()), len(wav)]
             for q, codes in enumerate(used):
                 codes.update(out["codes"][..., q].unique().tolist())
-        share = np.mean([len(codes) for codes in used]) / self.codec.config.codebook_size
+        share = sum(map(len, used)) / len(used) / self.codec.config.codebook_size
         return {"mel": sums[0] / sums[2], "convergence": sums[1] / sums[2], "codes_used": share} if sums[2] else {}
 
     def samples(self) -> dict[str, tuple[Tensor, int]]:

@@ -476,14 +476,24 @@ class TrainPart(Training):
     """What of a task trains."""
     rank: int = 16
     """Of LoRA."""
+    option: tuple[str, ...] = ()
+    """Options of the model, such as longest=1500 or adversarial_from=20000 (docs/training.md)."""
 
     def run(self) -> Answer:
-        from metis_lib.config import preset
-        from metis_lib.training.recipes import Job, train
+        from metis_lib.training.recipes import Job, options_for, sizes, train
 
+        options = options_for(self.model, self.preset)
+        for text in self.option:
+            name, found, value = text.partition("=")
+            if not found:
+                raise MetisError(f"an option is name=value, not {text!r}")
+            try:
+                options[name] = json.loads(value)
+            except json.JSONDecodeError:
+                options[name] = value
         job = Job(
-            self.model, preset(self.preset), self.out, self._settings(self.model, self.preset), self.data, self.shards,
-            self.mode, self.rank, workers=self.workers,
+            self.model, sizes(self.out, self.preset), self.out, self._settings(self.model, self.preset), self.data,
+            self.shards, self.mode, self.rank, options, self.workers,
         )  # fmt: skip
         scores = train(
             job, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy, say=_say
@@ -511,12 +521,14 @@ class FineTune(Training):
     """Train only what the task adds: adapter, text embedding."""
 
     def run(self) -> Answer:
-        from metis_lib.training.recipes import finetune
+        from metis_lib.checkpoints import locate
+        from metis_lib.training.recipes import finetune, sizes
 
+        like = "paper" if sizes(locate(self.base)).stage1.hidden_size >= 1024 else "nano"
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
         scores = finetune(
             self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
-            settings=self._settings(self.task, "nano"), budget=self.budget, resume=not self.fresh, device=self.device,
+            settings=self._settings(self.task, like), budget=self.budget, resume=not self.fresh, device=self.device,
             strategy=self.strategy, say=_say,
         )  # fmt: skip
         return _trained(self.task, self.out, scores)

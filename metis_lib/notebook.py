@@ -174,7 +174,7 @@ def training_curves(folder: str | Path) -> Figure:
 
 
 def live_curves(folder: str | Path) -> Callable[[str], None]:
-    """For ``say=`` of a training: in a notebook the curves are drawn anew with every line, elsewhere lines are printed."""
+    """For ``say=`` of a training: in a notebook every line draws the curves anew, elsewhere lines are printed."""
     from IPython.display import display
 
     handle: Any = None

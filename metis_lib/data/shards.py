@@ -333,7 +333,7 @@ class Shards:
         self.folder = Path(folder)
         self.index = _read(self.folder / "index.json")
         self.ends = np.cumsum([about["items"] for about in self.index["shards"]])
-        self._open = lru_cache(maxsize=32)(self._map)
+        self._open = lru_cache(maxsize=512)(self._map)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Shards, (self.folder,)

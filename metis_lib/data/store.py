@@ -239,7 +239,7 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
         with ThreadPoolExecutor(2) as pool:
             for row, wav in zip(rows, pool.map(decode, rows), strict=True):
                 record = {"id": row.id, "speaker": row.speaker, "text": row.text, "human": row.human}
-                yield record, wav
+                yield record | ({"video": str(row.root / row.video)} if row.video else {}), wav
 
     return FlatStore.write(folder, pieces())
 

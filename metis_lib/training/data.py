@@ -8,6 +8,7 @@ random from (seed, epoch, item) or (seed, step): the same batch on any process, 
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources
 from metis_lib.data.shards import Shards
 from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
-from metis_lib.data.store import FlatStore, read_manifest, store_waves
+from metis_lib.data.store import FlatStore, read_jsonl, read_manifest, store_waves
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
 from metis_lib.models.stage1 import stretch
@@ -120,8 +121,10 @@ class _Fetch(Dataset[Batch]):
         return self.source.batch(items, epoch=epoch, step=step)
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):  # sent to the whole group; it is for the trainer to end the run
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Feed:
@@ -158,7 +161,7 @@ class Feed:
             return (self.source.batch(items, epoch=epoch, step=at) for epoch, at, items in positions)
         loader: Any = DataLoader(
             _Fetch(self.source), batch_size=None, sampler=positions,  # type: ignore[arg-type]
-            num_workers=self.workers, prefetch_factor=4, worker_init_fn=_one_thread,
+            num_workers=self.workers, prefetch_factor=4, worker_init_fn=_begin_worker,
             multiprocessing_context="forkserver",
         )  # fmt: skip
         return iter(loader)
@@ -193,8 +196,9 @@ def waves_of(manifest: Path, split: str) -> FlatStore:
 
 def sources_of(folder: Path, split: str, pool: Pool | None = None) -> Sources:
     """Other speakers, noise and rooms of a corpus folder; held-out recordings hear held-out noise."""
-    noises = Noises.load(folder, split="train" if split == "train" else "test")
-    return Sources(pool, noises, Rooms.load(folder))
+    held_out = {row["split"] for row in read_jsonl(folder / "noise.jsonl")} - {"train"}
+    noises = Noises.load(folder, split="test" if split != "train" and "test" in held_out else "train")
+    return Sources(pool, noises, Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None)
 
 
 # ---------------------------------------------------------------- sources
@@ -449,10 +453,13 @@ class Adaptation:
 
 @dataclass
 class Lips:
-    """Synthetic talking mouths, rendered as they are needed: ``video [B, N, 96, 96]`` uint8 at 25 fps, ``lengths [B]``
-    of it in frames at 50 Hz, ``target [B, T, 160]`` filterbanks, ``said`` (phones, a list an utterance), masks.
+    """Talking mouths, filmed or (where a row has no ``video``) drawn on the fly.
 
-    Every epoch shows another face.  Recordings without text, or longer than ``longest`` frames, are left out.
+    A batch: ``video [B, N, 96, 96]`` uint8 at 25 fps, ``lengths [B]`` of it in frames at 50 Hz, ``target [B, T, 160]``
+    filterbanks, ``said`` (phones, a list an utterance), masks.
+
+    Every epoch draws another face.  Recordings with neither text nor film, or longer than ``longest`` frames, are
+    left out.
     """
 
     waves: FlatStore
@@ -464,7 +471,7 @@ class Lips:
 
     def __post_init__(self) -> None:
         frames = (self.waves.ends - self.waves.starts) // HOP
-        worded = np.array([bool(item["text"]) for item in self.waves.items])
+        worded = np.array([bool(item["text"] or item.get("video")) for item in self.waves.items])
         self.lengths = np.where(worded & (frames >= 25) & (frames <= self.longest), frames, 0)
         self._timed: dict[int, Any] = {}
 
@@ -478,17 +485,21 @@ class Lips:
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         from metis_lib.data.lips import CLASS_OF, FaceStyle, render
+        from metis_lib.data.video import read_lips
 
         videos, heard, said, masks = [], [], [], []
         failed = ""
         for i in items:
             rng = chance(self.seed, epoch, i)
+            target, film = _heard(self.waves[i].astype(np.float32) / 32767), self.waves.items[i].get("video")
             try:
-                timed, target = self.timed(i), _heard(self.waves[i].astype(np.float32) / 32767)
-            except MetisError as error:  # a text that is not what is said
+                timed = self.timed(i) if self.waves.items[i]["text"] else []
+                video = read_lips(film) if film else render(timed, len(target), FaceStyle.sample(rng), rng)
+            except MetisError as error:  # a text that is not what is said, a film without a face
                 failed = str(error)
                 continue
-            videos.append(torch.from_numpy(render(timed, len(target), FaceStyle.sample(rng), rng)))
+            target = target[: 2 * len(video)]
+            videos.append(torch.from_numpy(video[: -(-len(target) // 2)]))
             heard.append(target)
             masks.append(draw_masks(torch.tensor([len(target)]), self.masking, torch_chance(self.seed, epoch, i)))
             vocab = self.tokenizer.vocab

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import threading
 import time
@@ -177,7 +178,8 @@ class Checkpoints:
         part, path = self.folder / f".step-{step:08d}.part", self.folder / f"step-{step:08d}.ckpt"
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            fabric.save(part, state, filter={"model": lambda key, _: key in trained})
+            whole = "DDP" in type(fabric.strategy).__name__ or fabric.world_size == 1  # others save sharded, unfiltered
+            fabric.save(part, state, filter={"model": lambda key, _: key in trained} if whole else None)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -186,7 +188,7 @@ class Checkpoints:
         if fabric.is_global_zero:
             os.replace(part, path)
             for old in self.found()[: -self.keep]:
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         fabric.barrier()
 
     def load(self, state: dict[str, Any], fabric: Any) -> dict[str, Any]:
@@ -345,7 +347,14 @@ def fit(
     scores: dict[str, Any] = rest.get("scores", {})
     first = progress["step"]
     if fabric.is_global_zero:
-        write_text(folder / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
+        now = json.loads(json.dumps({**asdict(settings), "processes": fabric.world_size}))
+        old = (
+            json.loads((folder / "settings.json").read_text()) if rest and (folder / "settings.json").is_file() else now
+        )
+        changed = [f"{key} {old.get(key)} -> {value}" for key, value in now.items() if old.get(key) != value]
+        if changed:
+            say(f"goes on with other settings: {', '.join(changed)}")
+        write_text(folder / "settings.json", json.dumps(now, indent=1) + "\n")
     log = Log(folder, fabric.is_global_zero, first)
 
     def save() -> None:

@@ -20,7 +20,7 @@ from metis_lib.checkpoints import SHIPPED
 from metis_lib.config import preset
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
-from metis_lib.training.recipes import BUILD, FOLDERS, Job, settings_for, train
+from metis_lib.training.recipes import BUILD, FOLDERS, Job, options_for, settings_for, train
 
 KEYS = {"model", "settings", "options", "mode", "rank", "workers", "state", "steps", "score", "cpu_hours", "frames"}
 
@@ -90,11 +90,12 @@ def run_next(
     number = open_ones[0]
     entry = queue["pieces"][number]
     bring_shipped(queue)
+    options = options_for(entry["model"], queue["preset"]) | entry.get("options", {})
     job = Job(
         entry["model"], preset(queue["preset"]), home(queue),
         settings_for(entry["model"], queue["preset"], **entry.get("settings", {})),
         manifest or metis_home() / "corpora" / queue["system"] / "manifest.jsonl", mode=entry.get("mode", "lora"),
-        rank=entry.get("rank", 16), options=entry.get("options", {}), workers=entry.get("workers", 0),
+        rank=entry.get("rank", 16), options=options, workers=entry.get("workers", 0),
         about={"data": queue["data"], "licence": queue["licence"]},
     )  # fmt: skip
     say(f"piece {number}: {entry['model']}, from step {entry.get('steps', 0)} to {job.settings.steps}")

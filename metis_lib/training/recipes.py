@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
 from metis_lib.config import (
@@ -57,11 +56,18 @@ def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
     if preset_name not in table:
         raise MetisError(f"no training settings for the preset {preset_name!r}; choose one of {', '.join(table)}")
     chosen = {**table[preset_name][""], **table[preset_name].get(model, {}), **changes}
+    chosen.pop("options", None)
     if "betas" in chosen:
         chosen["betas"] = tuple(chosen["betas"])
     if chosen.get("steps", 1) < 1 or chosen["frames"] < 1 or chosen.get("accumulate", 1) < 1:
         raise MetisError("steps, frames and accumulate must be at least 1")
     return TrainSettings(**chosen)
+
+
+def options_for(model: str, preset_name: str) -> dict[str, Any]:
+    """The preset's options of a model's builder."""
+    table = json.loads(Path(__file__).with_name("settings.json").read_text())
+    return dict(table.get(preset_name, {}).get(model, {}).get("options", {}))
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class Job:
             return Packed(packed) if packed.is_file() else Shards(self.shards / split)
         parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
         folder = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
-        tokenise(self.recordings, folder, system=self.out, split=split, workers=2)
+        tokenise(self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1)
         return Shards(folder)
 
 
@@ -230,7 +236,7 @@ def _lips(job: Job) -> Built:
 def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``), ``longest`` (frames)."""
     entry, o = task(job.model), {"longest": 600, **job.options}
-    hint = {"text_hint": o["text_hint"]} if "text_hint" in o and entry.takes_text else {}
+    hint = {"text_hint": o["text_hint"]} if o.get("text_hint", "none") != "none" and entry.takes_text else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
     config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
@@ -316,8 +322,12 @@ def train(
     if fabric.world_size > 1 and not fabric.global_rank:
         fabric.barrier("prepared")
     before, run = _warm(job, objective), job.out / "runs" / job.model
-    if not resume and run.is_dir():
-        shutil.rmtree(run)
+    if fabric.is_global_zero:
+        if not resume:
+            shutil.rmtree(run, ignore_errors=True)
+        if (run / "finished").is_file():
+            raise MetisError(f"{run} is finished; to train on from its weights say --fresh, or take another folder")
+    fabric.barrier()
     scores = fit(
         objective, data.Feed(source, job.settings, workers=job.workers), job.settings, run, fabric=fabric,
         budget=budget, first=first, say=say,
@@ -325,11 +335,12 @@ def train(
     if fabric.is_global_zero:
         done = saved()
         earlier = before.get("earlier", []) + ([before["scores"]] if before.get("scores", {}).get("finished") else [])
-        facts = {**job.about, "options": job.options, **({"earlier": earlier} if earlier else {})}
+        facts = {**job.about, "mode": job.mode, "options": job.options, **({"earlier": earlier} if earlier else {})}
         save_part(job.folder, done["state"], done["config"], card(scores, job.settings, **facts))
     fabric.barrier()
     if scores["finished"] and fabric.is_global_zero:  # the next run begins from the weights
         shutil.rmtree(run / "states", ignore_errors=True)
+        (run / "finished").touch()
     return scores
 
 
@@ -348,8 +359,8 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
     return sizes(out)
 
 
-def sizes(folder: Path) -> SystemConfig:
-    """The configuration of a system's folder, part by part; parts that it lacks are nano's."""
+def sizes(folder: Path, preset_name: str = "nano") -> SystemConfig:
+    """The configuration of a system's folder, part by part; parts that it lacks are the preset's."""
     parts: dict[str, Any] = {
         "ssl": SSLConfig, "semantic": SemanticCodecConfig, "acoustic": AcousticCodecConfig, "stage1": Stage1Config,
         "stage2_layer1": Stage2Config, "stage2_full": Stage2Config, "lips": LipConfig,
@@ -359,7 +370,7 @@ def sizes(folder: Path) -> SystemConfig:
         for name, cls in parts.items()
         if (folder / FOLDERS.get(name, name) / "config.json").is_file()
     }
-    return replace(preset("nano"), name=folder.name, **found)
+    return replace(preset(preset_name), name=folder.name, **found)
 
 
 def finetune(
@@ -375,7 +386,7 @@ def finetune(
         out: the new system's folder; goes on where it holds the same task already.
         base: ``nano``, or the folder of a system, which stays as it is.
         mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
-        settings: nano's settings of the task by default.
+        settings: by default the preset's that is nearest in size.
         more: of :func:`train`: budget, resume, device, strategy.
 
     Returns:
@@ -402,8 +413,9 @@ def finetune(
     system = derive(base, out)
     options = {"audio": True, **match_task(out, name, mode, rank)}
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
+    like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
     job = Job(
-        name, system, out, settings or settings_for(name, "nano"), manifest, mode=mode, rank=rank, options=options,
+        name, system, out, settings or settings_for(name, like), manifest, mode=mode, rank=rank, options=options,
         workers=workers, about=about,
     )  # fmt: skip
     return train(job, say=say, **more)
@@ -417,8 +429,8 @@ def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
     folder = out / FOLDERS[name]
     if not (folder / "config.json").is_file():
         return {"text_hint": "even"} if task(name).takes_text else {}
-    config = load_config_and_card(folder, TaskConfig)[0]
-    if config.lora_rank != (rank if mode == "lora" else 0) or mode == "full":
+    config, about = load_config_and_card(folder, TaskConfig)
+    if config.lora_rank != rank or about.get("mode", "lora" if config.lora_rank else "adapter") != mode:
         shutil.rmtree(folder)
     hint = config.stage1.get("text_hint", "none")
     return {"text_hint": hint} if hint != "none" else {}

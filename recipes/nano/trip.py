@@ -19,7 +19,7 @@ from metis_lib.data.shards import pack
 from metis_lib.errors import MetisError
 from metis_lib.training import queue
 from metis_lib.training.loop import seconds_of
-from metis_lib.training.recipes import FOLDERS, Job, settings_for, train
+from metis_lib.training.recipes import FOLDERS, Job, options_for, settings_for, train
 
 QUEUE = Path(__file__).with_name("queue.json")
 FROM_TOKENS = ("stage1", "stage2_layer1", "stage2_full", "tts")
@@ -79,7 +79,7 @@ def train_there(
         job = Job(
             piece, preset(found["preset"]), folder / "system", settings_for(piece, found["preset"], **changes),
             shards=folder, mode=entry.get("mode", "lora"), rank=entry.get("rank", 16),
-            options=entry.get("options", {}), workers=workers,
+            options=options_for(piece, found["preset"]) | entry.get("options", {}), workers=workers,
             about={"data": found["data"], "licence": found["licence"]},
         )  # fmt: skip
         left = f"{seconds_of(budget) / len(pieces):.0f}s"

@@ -22,10 +22,8 @@ set -uo pipefail
 part=${1:?which part, such as stage1}
 gpus=${SLURM_GPUS_ON_NODE:-8}
 states="$SYSTEM/runs/$part/states"
-done_mark="$SYSTEM/runs/$part.finished"
-
-if [ -e "$done_mark" ]; then
-    echo "$part is finished; remove $done_mark to train it further, from its weights"
+if [ -e "$SYSTEM/runs/$part/finished" ]; then
+    echo "$part is finished"
     exit 0
 fi
 
@@ -53,10 +51,8 @@ while kill -0 $child 2>/dev/null; do      # a trapped signal ends `wait` early
 done
 wait $child; code=$?
 
-# A finished run has removed its states, a stopped one has left them. The same command would train a finished part anew.
 left=$(find "$states" -name 'step-*.ckpt' 2>/dev/null | sort | tail -n 1)
-if [ "$code" -eq 0 ] && [ -z "$left" ]; then
-    touch "$done_mark"
+if [ -e "$SYSTEM/runs/$part/finished" ]; then
     echo "$(date): $part is finished"
 elif [ "$code" -eq 0 ]; then
     echo "$(date): stopped at $(basename "$left"), requeued"

@@ -865,3 +865,40 @@ def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypa
         trip.pack(shards, tmp_path / "none.safetensors", megabytes=0.0001)
     with pytest.raises(MetisError, match="from tokens alone"):
         trip.train_there(tmp_path / "pack", ["ssl"], tmp_path / "back", "1m", 15)
+
+
+def test_many_hours_stream_in_flat_memory(tmp_path):
+    """The measurement of recipes/paper/stream.py in small (results/bench/stream.json has a thousand hours)."""
+    from metis_lib.data.shards import Shards
+    from recipes.paper import stream
+
+    stream.write_shards(tmp_path / "shards", 20)
+    Shards(tmp_path / "shards").verify()
+    found = stream.stream(tmp_path / "shards", 3.0)
+    assert found["hours"] >= 20 and found["items"] % stream.ITEMS == 0
+    assert found["frames_per_s"] > 0 and found["growth_mb"] < 50
+
+
+def test_tasks_are_scored_and_heard_in_the_log(workshop, tmp_path):
+    """Tokens generated from a condition are compared, and spoken where the system has stage 2 and codec."""
+    manifest, system = workshop
+    shutil.copytree(system, tmp_path / "system")
+    for part in ("stage2_layer1", "stage2_full"):
+        recipes.train(make_job(part, tmp_path / "system", manifest, steps=1))
+    for model in ("se", "tts", "stage1"):
+        job = make_job(model, tmp_path / "system", manifest, steps=2)
+        objective, _, _ = recipes.BUILD[model](job)
+        objective.eval()
+        scores, heard = objective.validate(), objective.samples()
+        assert ("generated_accuracy" in scores) == (model == "se")
+        assert set(heard) == {"tokens", "generated"}
+        frames = int(objective.check[0]["lengths"][0])
+        assert all(len(wav) == frames * 480 and rate == 24_000 for wav, rate in heard.values())
+    # a model that repeats its condition is right everywhere
+    job = make_job("se", tmp_path / "system", manifest)
+    objective, source, _ = recipes.BUILD["se"](job)
+    batch = source.batch(np.flatnonzero(source.lengths)[:2].tolist(), epoch=0, step=0)
+    objective.check = [batch]
+    whole = objective._given(batch)["tokens"]
+    objective.model.generate = lambda *_, **__: whole
+    assert objective.eval().validate()["generated_accuracy"] == 1.0

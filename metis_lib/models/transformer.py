@@ -56,6 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     bias = q.new_zeros(batch, heads, frames)
     if mask is not None:
         bias.masked_fill_(~mask[:, 0], -torch.inf)
+    if k.requires_grad and not torch.compiler.is_compiling():
+        k.register_hook(Tensor.contiguous)  # it comes transposed, which slows all that goes before
     q, k, v = (x.reshape(batch * heads, frames, depth) for x in (q, k, v))
     scores = torch.baddbmm(bias.view(batch * heads, 1, frames), q, k.transpose(1, 2), alpha=depth**-0.5)
     return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, frames, depth)

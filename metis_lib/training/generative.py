@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metis_lib.checkpoints import TaskConfig
-from metis_lib.config import Stage1Config, Stage2Config
+from metis_lib.config import AUDIO_RATE, DecodeSettings, Stage1Config, Stage2Config
 from metis_lib.errors import MetisError
 from metis_lib.models import adapt
 from metis_lib.models.masked import MaskingSettings
@@ -38,15 +38,15 @@ class Stage1Training(Objective):
 
     Batches: :class:`~metis_lib.training.data.Tokens`, ``Adaptation`` or ``Lips``; the last two need ``frozen``
     tokenizers, ``Lips`` a frozen ``lips`` encoder too.  ``check`` is held-out; ``prompt`` the part of an utterance that
-    is given when a task is validated.
+    is given when a task is validated; ``voice`` makes SSL tokens ``[1, T]`` audible (24 kHz ``[S]``), for the log.
     """
 
     def __init__(
         self, model: Stage1, *, frozen: Frozen | None = None, lips: LipEncoder | None = None,
-        check: Sequence[Batch] = (), prompt: float = 0.25,
+        check: Sequence[Batch] = (), prompt: float = 0.25, voice: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.model, self.check, self.prompt = model, check, prompt
+        self.model, self.check, self.prompt, self.voice = model, check, prompt, voice
         self.frozen = (frozen, lips.eval() if lips else None)  # in a tuple: no part of what trains
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -87,7 +87,8 @@ class Stage1Training(Objective):
 
     def validate(self) -> dict[str, float]:
         """``cross_entropy`` under random masks; for a task with everything after the prompt masked, ``with_condition``
-        and ``without``: how much the condition really tells.  Omni: of each task apart."""
+        and ``without``: how much the condition really tells.  Omni: of each task apart.  ``generated_accuracy``: the
+        part of tokens that is right when the first batch is generated from its frame-level condition alone."""
         sums: dict[str, list[float]] = {}
 
         def add(name: str, found: dict[str, Tensor], count: Tensor) -> None:
@@ -108,7 +109,40 @@ class Stage1Training(Objective):
             for label, conditions in (("with_condition", True), ("without", False)):
                 ones = torch.ones_like(batch["t"])
                 add(name + label, self._cross_entropy(batch, hidden, ones, conditions), hidden.sum())
-        return {key: total / max(count, 1) for key, (total, count) in sums.items()}
+        scores = {key: total / max(count, 1) for key, (total, count) in sums.items()}
+        if self.check and {"condition", "video"} & set(self.check[0]):
+            batch, made = self._generated(self.check[0])
+            there = torch.arange(made.shape[1], device=made.device)[None] < batch["lengths"][:, None]
+            scores["generated_accuracy"] = float((made == batch["tokens"])[there].float().mean())
+        return scores
+
+    def _generated(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """A batch, and the tokens ``[B, T]`` that its conditions give in 10 steps without a prompt."""
+        batch = self._given(_on(self, batch))
+        nothing = batch["tokens"][:, :0]
+        more = {key: batch.get(key) for key in ("condition", "hint")}
+        if "phones" in batch:  # of one utterance alone: others would be heard through their padding
+            more["phones"] = batch["phones"][:1, batch["phone_mask"][0]]
+        made = self.model.generate(
+            nothing,
+            batch["lengths"],
+            settings=DecodeSettings(steps=10),
+            generator=torch.Generator().manual_seed(1),
+            **more,
+        )
+        assert isinstance(made, Tensor)
+        return batch, made
+
+    def samples(self) -> dict[str, tuple[Tensor, int]]:
+        """The first held-out utterance by a ``voice``: its own tokens, and generated ones."""
+        if self.voice is None or not self.check:
+            return {}
+        frames, others = int(self.check[0]["lengths"][0]), ("lengths", "t", "prompt", "phones", "phone_mask", "video")
+        first = {key: v[:1] if isinstance(v, Tensor | list) else v for key, v in self.check[0].items()}
+        first |= {k: v[:, :frames] for k, v in first.items() if isinstance(v, Tensor) and k not in others}
+        batch, made = self._generated(first)
+        both = {"tokens": batch["tokens"], "generated": made}
+        return {name: (self.voice(tokens), AUDIO_RATE) for name, tokens in both.items()}
 
 
 def task_model(base_config: Stage1Config, base: dict[str, Tensor], config: TaskConfig) -> Stage1:

@@ -20,6 +20,7 @@ import torch
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
 from metis_lib.config import (
     AcousticCodecConfig,
+    DecodeSettings,
     LipConfig,
     SemanticCodecConfig,
     SSLConfig,
@@ -37,6 +38,7 @@ from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
 from metis_lib.tasks import TASKS, task
+from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder
 from metis_lib.tokenizers.semantic import SemanticCodec
 from metis_lib.tokenizers.ssl import SSLEncoder
@@ -123,6 +125,26 @@ class Job:
         made = (codec / "config.json").is_file() and self.model != "semantic"
         return tok.Frozen(encoder, load_module(codec, SemanticCodecConfig, SemanticCodec) if made else None)
 
+    @property
+    def voice(self) -> Callable[[Any], Any] | None:
+        """SSL tokens ``[1, T]`` to samples ``[S]`` by stage 2 and codec, where the folder has them."""
+        nets = [self.out / part for part in ("stage2_layer1", "stage2_full", "acoustic_codec")]
+        if not all((part / "config.json").is_file() for part in nets):
+            return None
+        first, rest = (load_module(part, Stage2Config, Stage2) for part in nets[:2])
+        codec = load_module(nets[2], AcousticCodecConfig, AcousticCodec)
+
+        def speak(tokens: torch.Tensor) -> torch.Tensor:
+            generator, tokens = torch.Generator().manual_seed(0), tokens.cpu()
+            empty = tokens[:, :0, None].expand(1, 0, codec.config.num_quantizers)
+            settings = DecodeSettings(temperature=1.5)
+            layer = first.generate(tokens, empty, steps=(10,), settings=settings, generator=generator)
+            steps = (10, 5) + (1,) * (codec.config.num_quantizers - 2)
+            more = {"steps": steps, "settings": settings, "generator": generator}
+            return codec.decode(rest.generate(tokens, empty, first_layer=layer, **more))[0]
+
+        return speak
+
     def waves(self, split: str) -> FlatStore:
         """The recordings of a split."""
         return data.waves_of(self.recordings, split)
@@ -208,7 +230,7 @@ def _stage1(job: Job) -> Built:
     longest = job.options.get("longest", 600)
     source = data.Tokens(job.tokens("train"), masking, longest=longest, seed=job.settings.seed)
     check = _check(job, data.Tokens(job.tokens("validation"), masking, seed=1))
-    objective = gen.Stage1Training(Stage1(job.system.stage1), check=check)
+    objective = gen.Stage1Training(Stage1(job.system.stage1), check=check, voice=job.voice)
     return objective, source, lambda: {"state": objective.model, "config": job.system.stage1}
 
 
@@ -264,7 +286,7 @@ def _task(job: Job) -> Built:
             dropout=drop, longest=longest, seed=seed,
         )  # fmt: skip
     check = _check(replace(job, check=4 * job.check) if job.model == "omni" else job, made["validation"])
-    objective = gen.Stage1Training(model, frozen=frozen, lips=lips, check=check)
+    objective = gen.Stage1Training(model, frozen=frozen, lips=lips, check=check, voice=job.voice)
     full = job.mode == "full"
     return objective, made["train"], lambda: {"state": gen.task_state(model, base, full=full), "config": config}
 

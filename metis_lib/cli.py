@@ -579,6 +579,31 @@ class Queue(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchTrain(Command):
+    """Measure how fast stage 1 trains here, against the matrix products of the same run."""
+
+    preset: Literal["debug", "nano", "paper"] = "nano"
+    """Sizes; the weights are random."""
+    layers: int | None = None
+    """Only so many layers."""
+    tokens: int | None = None
+    """Padded frames a step."""
+    seconds: float = 20.0
+    """How long to measure."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    compile: bool = False
+    """torch.compile the net."""
+
+    def run(self) -> Answer:
+        from metis_lib.bench import bench_train
+
+        options = {key: value for key, value in vars(self).items() if key not in ("preset", "json")}
+        found = bench_train(self.preset, **options)
+        return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
     """Show the parts of a system, or one part: sizes, hashes, cards."""
 
@@ -732,7 +757,7 @@ def _say(line: str) -> None:
 
 
 def _app() -> tyro.extras.SubcommandApp:
-    app, generate, checkpoint, prepare, train = (tyro.extras.SubcommandApp() for _ in range(5))
+    app, generate, checkpoint, prepare, train, bench = (tyro.extras.SubcommandApp() for _ in range(6))
     generate.command(SE, name="se")
     generate.command(TTS, name="tts")
     checkpoint.command(Inspect, name="inspect")
@@ -746,6 +771,8 @@ def _app() -> tyro.extras.SubcommandApp:
     for name, command in {"part": TrainPart, "finetune": FineTune, "queue": Queue}.items():
         train.command(command, name=name)
     app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
+    bench.command(BenchTrain, name="train")
+    app.command(bench, name="bench", help="Measure speed: train.")
     app.command(checkpoint, name="checkpoint", help="Look into checkpoints.")
     app.command(Doctor, name="doctor")
     app.command(Lab, name="lab")

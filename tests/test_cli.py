@@ -28,6 +28,7 @@ COMMANDS = [
     "train part",
     "train finetune",
     "train queue",
+    "bench train",
     "checkpoint inspect",
     "doctor",
     "lab",

@@ -452,6 +452,8 @@ class Training(Command):
     def _settings(self, model: str, preset_name: str) -> Any:
         from metis_lib.training.recipes import settings_for
 
+        if self.workers < 0:
+            raise MetisError(f"workers must not be negative, got {self.workers}")
         names = ("steps", "lr", "warmup", "frames", "accumulate", "ema", "precision", "validate_every")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         switches = {"checkpointing": self.checkpointing, "compile": self.compile, "seed": self.seed}
@@ -525,6 +527,8 @@ class FineTune(Training):
         from metis_lib.training.recipes import finetune, sizes
 
         like = "paper" if sizes(locate(self.base)).stage1.hidden_size >= 1024 else "nano"
+        if self.full and self.adapter_only:
+            raise MetisError("say --full or --adapter-only, not both")
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
         scores = finetune(
             self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
@@ -573,7 +577,11 @@ class Queue(Command):
                     if rest < 1:
                         break
                     left = f"{rest:.0f}s"
+                if done and queue.next_piece(queue.read(path)) is None:
+                    break
                 done.append(queue.run_next(path, budget=left, only=self.only, device=self.device, say=_say))
+                if not done[-1]["finished"]:
+                    break
         found = queue.read(path)
         return Answer(queue.table(found), {"next": queue.next_piece(found), "trained": done, "pieces": found["pieces"]})
 

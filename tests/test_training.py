@@ -240,7 +240,7 @@ def by_hand_acoustic(job):
     objective, source, _ = recipes.BUILD["acoustic"](job)
     objective.codec.config = replace(objective.codec.config, quantizer_dropout=0.0)
     batch = source.batch([0, 1, 2], epoch=0, step=0)
-    objective.now.fill_(99)
+    objective.now = 99
     with torch.no_grad():
         found = objective(batch)
         out = objective.codec(wav := batch["wav"])
@@ -263,7 +263,8 @@ def by_hand_acoustic(job):
             for one, two in zip(real, fake, strict=True)
             for r, f in zip(one[:-1], two[:-1], strict=True)
         )
-        critics = objective({**batch, "made": out["recon"]}, "critics")
+        objective.made = [out["recon"]]
+        critics = objective(batch, "critics")
         judged = adversarial_of(real) + sum(float(maps[-1].square().flatten(1).mean(1).sum()) for maps in fake)
     vq = 3 * float(out["commit_loss"] + out["codebook_loss"])
     wanted = {"mel": mel, "convergence": convergence, "vq": vq, "adversarial": adversarial, "features": features}
@@ -388,8 +389,9 @@ def test_overfits_one_batch(job_of, tmp_path, model):
     assert lines[-1][key] < part * lines[0][key]
 
 
-def test_discriminators_and_codec_are_trained_in_turn(job_of, tmp_path):
-    job = job_of("acoustic", steps=6, log_every=1)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_discriminators_and_codec_are_trained_in_turn(job_of, tmp_path, precision):
+    job = job_of("acoustic", steps=6, log_every=1, precision=precision, accumulate=2)
     objective, source, _ = recipes.BUILD["acoustic"](job)
     before = [p.detach().clone() for p in objective.critics.parameters()]
     loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
@@ -902,3 +904,151 @@ def test_tasks_are_scored_and_heard_in_the_log(workshop, tmp_path):
     whole = objective._given(batch)["tokens"]
     objective.model.generate = lambda *_, **__: whole
     assert objective.eval().validate()["generated_accuracy"] == 1.0
+
+
+# ---------------------------------------------------------------- what a second reader found
+
+
+def test_a_queue_goes_on_after_its_first_session_was_killed(small_queue, monkeypatch):
+    path, manifest = small_queue
+
+    class Killed(BaseException):
+        pass
+
+    def die():
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "settings_for", lambda *a, **k: recipes.settings_for(*a, **k, save_every=4))
+        stop_at(patch, 10, die)
+        with pytest.raises(Killed):
+            queue.run_next(path, manifest=manifest)
+    home = queue.home(queue.read(path))
+    assert queue.read(path)["pieces"][0]["state"] == "part"
+    assert [p.name for p in sorted((home / "runs/stage1/states").iterdir())] == [
+        "step-00000004.ckpt",
+        "step-00000008.ckpt",
+    ]
+    assert queue.run_next(path, manifest=manifest)["finished"]
+    steps = [json.loads(line)["step"] for line in (home / "runs/stage1/log.jsonl").read_text().splitlines()]
+    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]
+    # ended, but not written down
+    entries = queue.read(path)
+    entries["pieces"][0] |= {"state": "part", "steps": 8}
+    queue.write(path, entries)
+    assert queue.run_next(path, manifest=manifest)["steps"] == 40
+    path.write_text("{}")
+    with pytest.raises(MetisError, match="is no queue"):
+        queue.read(path)
+
+
+def test_shipped_parts_are_taken_where_the_sizes_fit(small_queue, tmp_path, monkeypatch):
+    path, _ = small_queue
+    found = queue.read(path)
+    home, shipped = queue.home(found), tmp_path / "shipped"
+    shutil.copytree(home, shipped / "little")
+    shutil.copytree(Path(queue.SHIPPED) / "nano" / "tasks" / "se", shipped / "little/tasks/se")
+    shutil.copytree(Path(queue.SHIPPED) / "nano" / "ssl", shipped / "other/ssl")
+    monkeypatch.setattr(queue, "SHIPPED", shipped)
+    shutil.rmtree(home / "ssl")
+    queue.bring_shipped(found)
+    assert (home / "ssl/stats.safetensors").is_file() and (home / "tasks/se").is_dir()
+    shutil.copytree(shipped / "other/ssl", shipped / "little/ssl", dirs_exist_ok=True)  # of another size
+    shutil.rmtree(home / "ssl")
+    queue.bring_shipped(found)
+    assert not (home / "ssl").exists()
+
+
+def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
+    manifest, system = workshop
+    shutil.copytree(system, tmp_path / "system")
+    for part in ("stage2_layer1", "stage2_full"):
+        recipes.train(make_job(part, tmp_path / "system", manifest, steps=1))
+    settings = recipes.settings_for("se", "debug", steps=2)
+    out = tmp_path / "mine"
+    recipes.finetune("se", manifest, out, base=tmp_path / "system", rank=4, settings=settings)
+    before = (out / "tasks/se/model.safetensors").read_bytes()
+    for mode, rank in (("lora", 8), ("full", 0), ("adapter", 0)):
+        with pytest.raises(MetisError, match="another --out"):
+            recipes.finetune("se", manifest, out, base=tmp_path / "system", mode=mode, rank=rank, settings=settings)
+    with pytest.raises(MetisError, match="is finished"):
+        recipes.finetune("se", manifest, out, base=tmp_path / "system", rank=4, settings=settings)
+    assert (out / "tasks/se/model.safetensors").read_bytes() == before
+    with pytest.raises(MetisError, match="another mode, size or rank"):
+        recipes.train(replace(make_job("se", out, manifest), rank=8), resume=False)
+    # a fine-tuned system is a base like any other, and its runs stay its own
+    again = recipes.finetune("se", manifest, tmp_path / "next", base=out, rank=4, settings=settings)
+    assert again["finished"] and again["steps"] == 2
+    card = json.loads((tmp_path / "next/tasks/se/config.json").read_text())["card"]
+    assert card["mode"] == "lora" and len(card["earlier"]) == 1
+
+
+def test_unknown_options_and_settings_are_named(job_of):
+    with pytest.raises(MetisError, match=r"no option 'adversarial_form'; it has: .*adversarial_from"):
+        recipes.train(replace(job_of("acoustic"), options={"adversarial_form": 5}))
+    with pytest.raises(MetisError, match="must not be 'none'"):
+        recipes.train(replace(job_of("acoustic"), options={"adversarial_from": "none"}))
+    with pytest.raises(MetisError, match="unknown training settings: step"):
+        recipes.settings_for("ssl", "nano", step=5)
+    for bad in ({"steps": 0}, {"seed": -1}, {"lr": -1.0}):
+        with pytest.raises(MetisError, match="must"):
+            recipes.settings_for("ssl", "nano", **bad)
+
+
+def test_checkpointing_reaches_the_conformer(job_of, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        job = job_of("ssl", steps=3, log_every=1, checkpointing=checkpointing)
+        torch.manual_seed(0)
+        objective, source, _ = recipes.BUILD["ssl"](job)
+        loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / str(checkpointing))
+        lines = (tmp_path / str(checkpointing) / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["masked"] for line in lines])
+    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+
+def test_one_voice_alone_can_be_enhanced(workshop, tmp_path):
+    """Babble of nobody is no babble; other languages are not read as English."""
+    from metis_lib.data.simulate import Noises, Recording
+    from metis_lib.data.store import read_manifest, store_waves
+
+    noises = Noises(speech=[Recording("me", np.ones(100, np.int16))], weights=(0, 1, 0, 0))
+    assert noises.sample(50, np.random.default_rng(0), exclude="me")[1] == "pink"
+    rows = [replace(row, language="de" if i else "en") for i, row in enumerate(read_manifest(workshop[0])[:2])]
+    items = store_waves(rows, tmp_path / "waves").items
+    assert items[0]["text"] == rows[0].text and items[1]["text"] == ""
+
+
+def test_texts_without_a_sound_are_left_out(workshop, tmp_path):
+    from metis_lib.data.examples import Pool, Sources, Utterance
+
+    rng = np.random.default_rng(0)
+    said = [Utterance(str(i), "s", 0.1 * rng.standard_normal(36_000).astype(np.float32), text)
+            for i, text in enumerate(("...", "Go home."))]  # fmt: skip
+    source = data.Adaptation(Pool(said), Sources(), {"tts": 1.0}, dropout=0.0)
+    assert source.lengths.tolist()[0] == 0 < source.lengths[1]
+    assert source.batch([1], epoch=0, step=0)["phones"].shape[1] > 3
+
+
+def test_a_late_warm_up_is_the_same_after_a_stop(job_of, tmp_path):
+    """Weights without a state warm up anew, also where that is cut off."""
+    rates = []
+    for name, cuts in (("whole", ()), ("cut", (56,))):
+        job = job_of("stage1", steps=70, warmup=10, log_every=1)
+        for until in (*cuts, None):
+            objective, source, _ = recipes.BUILD["stage1"](job)
+            feed = data.Feed(source, job.settings)
+            if until:
+                opened = feed.open
+
+                def stopping(first, *rest, opened=opened, until=until):
+                    for at, batch in enumerate(opened(first, *rest), first):
+                        if at == until:
+                            os.kill(os.getpid(), signal.SIGTERM)
+                        yield batch
+
+                feed.open = stopping
+            loop.fit(objective, feed, job.settings, tmp_path / name, first=50)
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        rates.append([json.loads(line)["lr"] for line in lines])
+    assert rates[0] == rates[1] and len(rates[0]) == 20 and rates[0][0] < 0.2 * max(rates[0])

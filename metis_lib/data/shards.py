@@ -432,9 +432,9 @@ class Packed:
         return np.diff(self._bounds["ends"])
 
     def record(self, i: int) -> dict[str, Any]:
-        """``id`` (the item's number) and ``phones``."""
+        """``id`` (not the manifest's) and ``phones``."""
         first, last = self._bounds["phone_ends"][i : i + 2]
-        return {"id": str(i), "phones": [self._symbols[int(p)] for p in self._data["phones"][first:last]]}
+        return {"id": f"packed {i}", "phones": [self._symbols[int(p)] for p in self._data["phones"][first:last]]}
 
     def __getitem__(self, i: int) -> tuple[Any, ...]:
         first, last = self._bounds["ends"][i : i + 2]

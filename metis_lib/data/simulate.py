@@ -124,6 +124,8 @@ class Noises:
             return chosen.cut(length, generator), f"ambient:{chosen.name}"
         if kind == "babble":
             others = [s for s in self.speech if s.name != exclude]
+            if not others:  # nobody else is there
+                return colour(length, 1.0, generator), "pink"
             count = min(int(generator.integers(self.talkers[0], self.talkers[1] + 1)), len(others))
             who = generator.choice(len(others), count, replace=False)
             parts = [others[int(i)].cut(length, generator) for i in who]
@@ -146,6 +148,7 @@ class Noises:
         """
         import soundfile
 
+        from metis_lib import audio
         from metis_lib.data.store import read_jsonl, read_manifest
 
         corpus = Path(corpus)
@@ -155,7 +158,11 @@ class Noises:
         ambient = [Recording(r["id"], soundfile.read(corpus / r["path"], dtype="int16")[0]) for r in listed]
         rows = [r for r in read_manifest(corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
         chosen = np.random.default_rng(seed).permutation(len(rows))[:speech]
-        talk = [Recording(rows[i].speaker, soundfile.read(rows[i].audio, dtype="int16")[0]) for i in chosen]
+        talk = []
+        for row in (rows[i] for i in chosen):
+            span = slice(*(None if at is None else round(at * AUDIO_RATE) for at in (row.start, row.end)))
+            wav = audio.read(row.audio, AUDIO_RATE).numpy()[span]
+            talk.append(Recording(row.speaker, (wav * 32767).round().astype(np.int16)))
         return cls(ambient, talk)
 
 

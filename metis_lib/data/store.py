@@ -25,6 +25,7 @@ from torch import Tensor
 from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
+from metis_lib.tokenizers.text import VOICES
 
 SPLITS = ("train", "validation", "test", "seen")
 """``test`` holds out voices and sentences; ``seen`` sentences alone, said by voices of the training."""
@@ -238,7 +239,8 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         with ThreadPoolExecutor(2) as pool:
             for row, wav in zip(rows, pool.map(decode, rows), strict=True):
-                record = {"id": row.id, "speaker": row.speaker, "text": row.text, "human": row.human}
+                said = row.text if row.language in VOICES else ""  # nobody here reads it
+                record = {"id": row.id, "speaker": row.speaker, "text": said, "human": row.human}
                 yield record | ({"video": str(row.root / row.video)} if row.video else {}), wav
 
     return FlatStore.write(folder, pieces())

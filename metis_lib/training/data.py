@@ -400,6 +400,8 @@ class Adaptation:
             for task in self.odds
         }  # fmt: skip
         usable = set.intersection(*(set(made.usable) for made in self.made.values()))
+        if "tts" in self.odds:
+            usable &= {i for i, ids in enumerate(_phone_ids(self.pool.texts, self.tokenizer)) if ids}
         frames = np.minimum(np.array(self.pool.samples) // HOP, self.longest)
         self.lengths = np.array([n if i in usable else 0 for i, n in enumerate(frames)])
         self.at = {} if self.shards is None else {self.shards.record(i)["id"]: i for i in range(len(self.shards))}

@@ -38,7 +38,7 @@ class Stage1Training(Objective):
 
     Batches: :class:`~metis_lib.training.data.Tokens`, ``Adaptation`` or ``Lips``; the last two need ``frozen``
     tokenizers, ``Lips`` a frozen ``lips`` encoder too.  ``check`` is held-out; ``prompt`` the part of an utterance that
-    is given when a task is validated; ``voice`` makes SSL tokens ``[1, T]`` audible (24 kHz ``[S]``), for the log.
+    is given when text-to-speech is validated; ``voice`` makes SSL tokens ``[1, T]`` audible (24 kHz ``[S]``).
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class Stage1Training(Objective):
             add("cross_entropy", self._cross_entropy(batch, batch["hidden"], batch["t"]), batch["hidden"].sum())
             if not told:
                 continue
-            share = 0.0 if batch.get("task") == "se" else self.prompt
-            start = (batch["lengths"] * share).long()[:, None]
+            # a frame-level condition was made for the batch's own prompts
+            start = (batch["prompt"] if "condition" in batch else (batch["lengths"] * self.prompt).long())[:, None]
             hidden = exists(batch) & (torch.arange(batch["tokens"].shape[1], device=start.device)[None] >= start)
             name = f"{batch['task']}_" if len(tasks) > 1 else ""
             for label, conditions in (("with_condition", True), ("without", False)):

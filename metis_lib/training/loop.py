@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
+from metis_lib.models.transformer import MaskedTransformer
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,8 @@ class Checkpoints:
         """Write the state after ``step`` steps; MetisError where the disk does not take it (older ones stay)."""
         part, path = self.folder / f".step-{step:08d}.part", self.folder / f"step-{step:08d}.ckpt"
         self.folder.mkdir(parents=True, exist_ok=True)
+        for old in self.folder.glob(".step-*.part") if fabric.is_global_zero else ():  # of a killed process
+            old.unlink(missing_ok=True)
         try:
             whole = "DDP" in type(fabric.strategy).__name__ or fabric.world_size == 1  # others save sharded, unfiltered
             fabric.save(part, state, filter={"model": lambda key, _: key in trained} if whole else None)
@@ -198,7 +202,7 @@ class Checkpoints:
             return {}
         try:
             return fabric.load(found[-1], state, strict=False, weights_only=True)
-        except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        except (RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
             raise MetisError(f"{found[-1]} does not fit this run or is damaged ({error}); delete it") from error
 
 
@@ -317,7 +321,9 @@ def fit(
     ]
     if settings.checkpointing:
         for module in objective.modules():
-            if hasattr(module, "gradient_checkpointing"):
+            if hasattr(module, "gradient_checkpointing_enable"):  # of transformers
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            elif isinstance(module, MaskedTransformer):
                 module.gradient_checkpointing = True
     if settings.compile:
         for child in objective.children():
@@ -345,6 +351,7 @@ def fit(
         **rest.get("progress", {}),
     }
     scores: dict[str, Any] = rest.get("scores", {})
+    ramp = rest.get("ramp", first)
     first = progress["step"]
     if fabric.is_global_zero:
         now = json.loads(json.dumps({**asdict(settings), "processes": fabric.world_size}))
@@ -358,7 +365,7 @@ def fit(
     log = Log(folder, fabric.is_global_zero, first)
 
     def save() -> None:
-        now = dict(state, progress=dict(progress), scores=scores, buffers=buffers)
+        now = dict(state, progress=dict(progress), scores=scores, buffers=buffers, ramp=ramp)
         states.save(progress["step"], now | ({"average": average.values} if average else {}), fabric, set(names))
 
     began, cpu_began, saved = time.monotonic(), time.process_time(), time.monotonic()
@@ -385,8 +392,8 @@ def fit(
             ]
             counts, votes = _sum_counts(fabric, [objective.counts(batch) for batch in micro], votes)
             rate = learning_rate(step, settings)
-            if first and not rest:  # a new optimiser knows no second moments yet
-                rate *= min(1.0, (step - first + 1) / max(settings.warmup, 1))
+            if ramp:  # a new optimiser knows no second moments yet
+                rate *= min(1.0, (step - ramp + 1) / max(settings.warmup, 1))
             finite = True
             for part, optimizer in zip(groups, wrapped, strict=True):
                 if part not in objective.parts(step):

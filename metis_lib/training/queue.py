@@ -29,8 +29,14 @@ def read(path: Path) -> dict[str, Any]:
     """A queue file, checked."""
     if not path.is_file():
         raise MetisError(f"no queue at {path}; a clone of the repository has recipes/nano/queue.json")
-    queue = json.loads(path.read_text())
-    for entry in queue["pieces"]:
+    try:
+        queue = json.loads(path.read_text())
+        entries, missing = queue["pieces"], {"system", "preset", "data", "licence"} - set(queue)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MetisError(f"{path} is no queue: {error}") from error
+    if missing:
+        raise MetisError(f"{path} lacks {', '.join(sorted(missing))}")
+    for entry in entries:
         if entry.get("model") not in BUILD or set(entry) - KEYS:
             raise MetisError(f"{path}: bad entry {entry.get('model')!r} (unknown keys: {sorted(set(entry) - KEYS)})")
     return queue
@@ -64,14 +70,15 @@ def bring_shipped(queue: dict[str, Any]) -> None:
         at, target = shipped / FOLDERS.get(model, model), home(queue) / FOLDERS.get(model, model)
         if (target / "config.json").exists() or not (at / "config.json").is_file():
             continue
-        config = json.loads((at / "config.json").read_text())["config"]
-        wanted = getattr(sizes, model, None)
-        fits = (
-            wanted is not None
-            and {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()} == config
-        )
-        if fits or (wanted is None and (home(queue) / "stage1" / "config.json").exists()):
+        wanted = getattr(sizes, model, None)  # a task fits where its stage 1 does
+        own = shipped / "stage1" if wanted is None else at
+        if same_sizes(wanted or sizes.stage1, json.loads((own / "config.json").read_text())["config"]):
             shutil.copytree(at, target)
+
+
+def same_sizes(wanted: Any, config: dict[str, Any]) -> bool:
+    """Whether a stored configuration is the wanted one."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()} == config
 
 
 def run_next(
@@ -103,9 +110,16 @@ def run_next(
     if working(pid):
         raise MetisError(f"process {pid.read_text()} works on the queue already")
     write_text(pid, str(os.getpid()))
-    fresh = entry.get("state", "todo") == "todo"  # states of an earlier piece of this model are not its own
+    run = job.out / "runs" / entry["model"]
+    if entry.get("state", "todo") == "todo":  # states of an earlier piece of this model are not its own
+        shutil.rmtree(run, ignore_errors=True)
+        entry["state"] = "part"
+        write(path, queue)
     try:
-        found = train(job, budget=budget, resume=not fresh, first=entry.get("steps", 0), device=device, say=say)
+        if (run / "finished").is_file():  # it ended, and was stopped before that was written down
+            found = json.loads((job.folder / "config.json").read_text())["card"]["scores"]
+        else:
+            found = train(job, budget=budget, first=entry.get("steps", 0), device=device, say=say)
     finally:
         pid.unlink(missing_ok=True)
     entry |= outcome(found)

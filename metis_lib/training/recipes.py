@@ -6,6 +6,7 @@ A job works in a system's folder: it reads the parts that earlier jobs left ther
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -61,8 +62,13 @@ def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
     chosen.pop("options", None)
     if "betas" in chosen:
         chosen["betas"] = tuple(chosen["betas"])
-    if chosen.get("steps", 1) < 1 or chosen["frames"] < 1 or chosen.get("accumulate", 1) < 1:
+    unknown = sorted(set(chosen) - {f.name for f in dataclasses.fields(TrainSettings)})
+    if unknown:
+        raise MetisError(f"unknown training settings: {', '.join(unknown)}")
+    if min(chosen.get("steps", 1), chosen["frames"], chosen.get("accumulate", 1)) < 1:
         raise MetisError("steps, frames and accumulate must be at least 1")
+    if min(chosen.get("seed", 0), chosen.get("warmup", 0), chosen.get("lr", 1)) < 0:
+        raise MetisError("seed, warmup and lr must not be negative")
     return TrainSettings(**chosen)
 
 
@@ -108,6 +114,17 @@ class Job:
     def folder(self) -> Path:
         """Where the part goes."""
         return self.out / FOLDERS.get(self.model, self.model)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """All options of the model; MetisError names what it does not know or cannot use."""
+        known = OPTIONS[self.model]
+        for name, value in self.options.items():
+            if name not in known:
+                raise MetisError(f"{self.model} has no option {name!r}; it has: {', '.join(known) or 'none'}")
+            if isinstance(value, str) != isinstance(known[name], str) and value is not None:
+                raise MetisError(f"the option {name} of {self.model} must not be {value!r}")
+        return {**known, **self.options}
 
     @property
     def recordings(self) -> Path:
@@ -185,7 +202,7 @@ def _check(job: Job, source: Any) -> list[Any]:
 
 def _ssl(job: Job) -> Built:
     """Options: ``ctc`` (weight, 0 for none), ``noisy`` (part heard degraded), ``longest`` (frames)."""
-    o = {"ctc": 1.0, "noisy": 0.3, "longest": 300, **job.options}
+    o = job.chosen
     sources = {split: job.sources(split) for split in ("train",)} if o["noisy"] else {}
     source = data.Speech(job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed)
     held_out = data.Speech(job.waves("validation"), longest=600)
@@ -201,7 +218,7 @@ def _ssl(job: Job) -> Built:
 
 
 def _semantic(job: Job) -> Built:
-    source = data.Speech(job.waves("train"), None, 0.0, job.options.get("longest", 300), job.settings.seed)
+    source = data.Speech(job.waves("train"), None, 0.0, job.chosen["longest"], job.settings.seed)
     held_out = data.Speech(job.waves("validation"), longest=600)
     objective = tok.SemanticTraining(job.system.semantic, job.frozen, check=_check(job, held_out))
     return objective, source, lambda: {"state": objective.codec, "config": job.system.semantic}
@@ -210,7 +227,7 @@ def _semantic(job: Job) -> Built:
 def _acoustic(job: Job) -> Built:
     """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
     ``discriminators`` (``nano`` or ``paper``)."""
-    o = {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano", **job.options}
+    o = job.chosen
     frames = max(1, round(o["seconds"] * 50))
     source = data.Crops(job.waves("train"), frames, job.settings.seed)
     held_out = _check(job, data.Crops(job.waves("validation"), 4 * frames, 1))
@@ -226,8 +243,7 @@ def _acoustic(job: Job) -> Built:
 
 def _stage1(job: Job) -> Built:
     """Options: ``floor`` (least mask ratio; 0.2 in the released code), ``longest``."""
-    masking = MaskingSettings(ratio_floor=job.options.get("floor", 0.0))
-    longest = job.options.get("longest", 600)
+    masking, longest = MaskingSettings(ratio_floor=job.chosen["floor"]), job.chosen["longest"]
     source = data.Tokens(job.tokens("train"), masking, longest=longest, seed=job.settings.seed)
     check = _check(job, data.Tokens(job.tokens("validation"), masking, seed=1))
     objective = gen.Stage1Training(Stage1(job.system.stage1), check=check, voice=job.voice)
@@ -236,8 +252,10 @@ def _stage1(job: Job) -> Built:
 
 def _stage2(job: Job) -> Built:
     config: Stage2Config = getattr(job.system, job.model)
+    if job.tokens("train")[0][1].shape[1] <= config.num_quantizers:
+        raise MetisError("these token shards hold no acoustic codes; make them without --no-acoustic")
     weights = Stage2(config).layer_weights().tolist()
-    longest = job.options.get("longest", 600)
+    longest = job.chosen["longest"]
     made = {
         split: data.Tokens(job.tokens(split), gen.STAGE2_MASKING, layer_weights=weights, longest=longest, seed=seed)
         for split, seed in (("train", job.settings.seed), ("validation", 1))
@@ -256,9 +274,9 @@ def _lips(job: Job) -> Built:
 
 
 def _task(job: Job) -> Built:
-    """Options: ``text_hint`` (``even``), ``longest`` (frames)."""
-    entry, o = task(job.model), {"longest": 600, **job.options}
-    hint = {"text_hint": o["text_hint"]} if o.get("text_hint", "none") != "none" and entry.takes_text else {}
+    """Options: ``text_hint`` (``even``), ``longest`` (frames), ``audio`` (targets from audio, not token shards)."""
+    entry, o = task(job.model), job.chosen
+    hint = {"text_hint": o["text_hint"]} if o["text_hint"] != "none" and entry.takes_text else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
     config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
@@ -269,7 +287,7 @@ def _task(job: Job) -> Built:
     for split, seed in (("train", job.settings.seed), ("validation", 1)):
         longest = min(o["longest"], 300) if entry.takes_video else o["longest"]
         drop = entry.condition_dropout if split == "train" else 0.0
-        if job.model == "tts" and (job.shards is not None or not o.get("audio")):
+        if job.model == "tts" and (job.shards is not None or not o["audio"]):
             made[split] = data.Tokens(
                 job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed
             )
@@ -280,7 +298,7 @@ def _task(job: Job) -> Built:
             made[split] = data.Lips(job.waves(split), entry.masking, longest, seed)
             continue
         pool = Pool(job.waves(split))
-        shards = job.tokens(split) if not o.get("audio") else None
+        shards = job.tokens(split) if not o["audio"] else None
         made[split] = data.Adaptation(
             pool, job.sources(split, pool), entry.mixture or {job.model: 1.0}, masking=entry.masking, shards=shards,
             dropout=drop, longest=longest, seed=seed,
@@ -289,6 +307,19 @@ def _task(job: Job) -> Built:
     objective = gen.Stage1Training(model, frozen=frozen, lips=lips, check=check, voice=job.voice)
     full = job.mode == "full"
     return objective, made["train"], lambda: {"state": gen.task_state(model, base, full=full), "config": config}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300},
+    "semantic": {"longest": 300},
+    "acoustic": {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano"},
+    "stage1": {"floor": 0.0, "longest": 600},
+    "stage2_layer1": {"longest": 600},
+    "stage2_full": {"longest": 600},
+    "lips": {},
+    **{name: {"longest": 600, "text_hint": "none", "audio": False} for name in TASKS},
+}
+"""What each model's builder can be told, with what holds otherwise."""
 
 
 BUILD: dict[str, Callable[[Job], Built]] = {
@@ -306,9 +337,12 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
     document, state = json.loads((job.folder / "config.json").read_text()), load_state(job.folder)
     if job.model in TASKS:
         have = {k.removeprefix("model."): v for k, v in state.items()}
-        missing = set(have) - set(objective.model.state_dict())
-        if missing:
-            raise MetisError(f"{job.folder} was trained in another mode or rank ({min(missing)}); move it away")
+        shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
+        wrong = [k for k, v in have.items() if shapes.get(k) != v.shape]
+        if wrong or document["card"].get("mode", job.mode) != job.mode:
+            raise MetisError(
+                f"{job.folder} was trained in another mode, size or rank; move it away or take another --out"
+            )
         objective.model.load_state_dict(have, strict=False)
     else:
         nets = [m for name, m in objective.named_children() if name in ("encoder", "codec", "model")]
@@ -368,16 +402,17 @@ def train(
 
 def derive(base: str | Path, out: Path) -> SystemConfig:
     """A new system folder that has all parts of ``base`` (linked, or copied where that fails); returns its sizes."""
-    source = locate(base)
-    for path in sorted(source.rglob("*")):
+    source, parts = locate(base), {FOLDERS.get(name, name).split("/")[0] for name in BUILD}
+    for path in sorted(file for part in parts for file in (source / part).rglob("*") if file.is_file()):
         target = out / path.relative_to(source)
-        if path.is_dir() or target.exists():
+        if target.exists():
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path, target)
         except OSError:
-            shutil.copy(path, target)
+            shutil.copy(path, target.with_name(f".{target.name}.part"))
+            os.replace(target.with_name(f".{target.name}.part"), target)
     return sizes(out)
 
 
@@ -419,6 +454,10 @@ def finetune(
     """
     from metis_lib.data.importers import build_manifest
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise MetisError("finetune is one process; for several run `metis train part` in a system's folder")
+    if mode == "lora" and rank < 1:
+        raise MetisError(f"the rank of LoRA is at least 1, not {rank}")
     manifest, out, rank = Path(source), Path(out), rank if mode == "lora" else 0
     try:
         splits = {row.split for row in read_manifest(manifest)} if manifest.suffix == ".jsonl" else set()
@@ -453,6 +492,8 @@ def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
         return {"text_hint": "even"} if task(name).takes_text else {}
     config, about = load_config_and_card(folder, TaskConfig)
     if config.lora_rank != rank or about.get("mode", "lora" if config.lora_rank else "adapter") != mode:
+        if (out / "runs" / name).is_dir():
+            raise MetisError(f"{folder} was trained here in another mode or rank; take another --out")
         shutil.rmtree(folder)
     hint = config.stage1.get("text_hint", "none")
     return {"text_hint": hint} if hint != "none" else {}

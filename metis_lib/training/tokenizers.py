@@ -29,7 +29,7 @@ from metis_lib.training.losses import multi_scale_mel_losses
 
 
 class Frozen:
-    """Tokenizers that do not train, in fp32: filterbanks ``[B, T, 160]`` to features and tokens."""
+    """Tokenizers that do not train, in fp32 as when generating: filterbanks ``[B, T, 160]`` to features and tokens."""
 
     def __init__(self, encoder: SSLEncoder, semantic: SemanticCodec | None = None) -> None:
         self.encoder, self.semantic = encoder.eval(), semantic.eval() if semantic else None
@@ -37,7 +37,8 @@ class Frozen:
     @torch.no_grad()
     def features(self, x: Tensor, lengths: Tensor) -> Tensor:
         """Normalised SSL features ``[B, T, C]``, zero beyond an utterance's end."""
-        hidden = self.encoder.to(x.device).normalise(self.encoder(x, lengths))
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = self.encoder.to(x.device).normalise(self.encoder(x.float(), lengths))
         return hidden * (torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None])[..., None]
 
     @torch.no_grad()
@@ -179,9 +180,12 @@ def _on(objective: nn.Module, batch: Batch) -> Batch:
 # ---------------------------------------------------------------- codecs
 
 
-def revive(quantizer: ResidualVQ, after: int, step: int, fabric: Any, seed: int) -> None:
-    """Replace idle codes by latents of this step; with several processes, by those of the first one."""
-    quantizer.revive(after, torch_chance(seed, step, 3))
+def revive(quantizer: ResidualVQ, after: int, step: int, fabric: Any, settings: TrainSettings) -> None:
+    """Replace codes that no process used for ``after`` steps by latents of this step, those of the first process."""
+    if fabric.world_size > 1:
+        for layer in quantizer.quantizers:
+            layer.idle.copy_(fabric.all_reduce(layer.idle.double(), reduce_op="min"))
+    quantizer.revive(after * settings.accumulate, torch_chance(settings.seed, step, 3))
     if fabric.world_size > 1:
         for layer in quantizer.quantizers:
             layer.codebook.weight.data.copy_(fabric.broadcast(layer.codebook.weight.data))
@@ -219,7 +223,7 @@ class SemanticTraining(Objective):
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Revive idle codes every 10 steps, not in the last fifth of the run."""
         if step % 10 == 9 and step < settings.steps * 0.8:
-            revive(self.codec.quantizer, 20, step, fabric, settings.seed)
+            revive(self.codec.quantizer, 20, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:
         """``recon_l1``, and the perplexity of the tokens (how many are in use)."""
@@ -260,10 +264,11 @@ class AcousticTraining(Objective):
         self.weights = {
             "mel": 10.0, "convergence": convergence, "vq": 1.0, "adversarial": 2.0, "features": 2.0, "critics": 1.0,
         }  # fmt: skip
-        self.register_buffer("now", torch.zeros((), dtype=torch.long), persistent=False)
+        self.now, self.made = 0, list[Tensor]()  # step at hand; what the codec made in it, for the critics' turn
 
     def parts(self, step: int) -> tuple[str, ...]:
         """The codec, and the discriminators once their time has come."""
+        self.now = step
         return ("codec", "critics") if self.critics is not None and step >= self.begin else ("codec",)
 
     def trained(self, part: str) -> list[nn.Parameter]:
@@ -280,13 +285,13 @@ class AcousticTraining(Objective):
         wav = batch["wav"]
         if part == "critics":
             assert self.critics is not None
-            return {"critics": discriminator_loss(self.critics(wav), self.critics(batch.pop("made"))).sum()}
+            return {"critics": discriminator_loss(self.critics(wav), self.critics(self.made.pop(0))).sum()}
         out = self.codec(wav)
         mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
         vq = (out["commit_loss"] + out["codebook_loss"]) * len(wav)
         terms = {"mel": mel.sum(), "convergence": convergence.sum(), "vq": vq}
-        if self.critics is not None and self.training and int(self.now) >= self.begin:
-            batch["made"] = out["recon"].detach()
+        if self.critics is not None and self.training and self.now >= self.begin:
+            self.made.append(out["recon"].detach())
             fake = self.critics(out["recon"])
             with torch.no_grad():
                 real = self.critics(wav)
@@ -294,10 +299,10 @@ class AcousticTraining(Objective):
         return terms
 
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
-        """Count steps; revive idle codes every 10 of them, not in the last tenth of the run."""
-        self.now.fill_(step + 1)
+        """Revive idle codes every 10 steps, not in the last tenth of the run."""
+        self.made.clear()
         if step % 10 == 9 and step < settings.steps * 0.9:
-            revive(self.codec.decoder.quantizer, 10, step, fabric, settings.seed)
+            revive(self.codec.decoder.quantizer, 10, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:
         """``mel`` and ``convergence`` of held-out crops, and the part of the codes in use."""

@@ -33,7 +33,7 @@ def pack_up(out: Path, megabytes: float, path: Path = QUEUE) -> dict[str, object
     job = Job("stage1", preset(found["preset"]), queue.home(found), settings_for("stage1", found["preset"]), manifest)
     out.mkdir(parents=True, exist_ok=True)
     held: dict[str, object] = {}
-    for part in ("ssl", "semantic_codec", "stage1", "stage2_layer1", "stage2_full", "tasks/tts"):
+    for part in ("stage1", "stage2_layer1", "stage2_full", "tasks/tts"):
         if (job.out / part / "config.json").is_file():
             shutil.copytree(job.out / part, out / "system" / part, dirs_exist_ok=True)
     weights = sum(file.stat().st_size for file in (out / "system").rglob("*.*")) / 1e6
@@ -74,7 +74,9 @@ def train_there(
         raise MetisError(f"from tokens alone: {', '.join(FROM_TOKENS)}; not {', '.join(pieces)}")
     found, scores = queue.read(folder / "queue.json"), dict[str, object]()
     for piece in pieces:
-        entry = next(e for e in found["pieces"] if e["model"] == piece)
+        entry = next((e for e in found["pieces"] if e["model"] == piece and e.get("state") != "done"), None)
+        if entry is None:
+            raise MetisError(f"the queue has no open piece {piece}")
         changes = {**entry.get("settings", {}), **({"steps": steps} if steps else {})}
         job = Job(
             piece, preset(found["preset"]), folder / "system", settings_for(piece, found["preset"], **changes),
@@ -83,9 +85,12 @@ def train_there(
             about={"data": found["data"], "licence": found["licence"]},
         )  # fmt: skip
         left = f"{seconds_of(budget) / len(pieces):.0f}s"
-        scores[piece] = train(job, budget=left, device=device, say=lambda line: print(line, flush=True))
+        scores[piece] = train(
+            job, budget=left, first=entry.get("steps", 0), device=device, say=lambda line: print(line, flush=True)
+        )
         part, run = FOLDERS.get(piece, piece).replace("/", "-"), job.out / "runs" / piece
-        (results / part).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(results / part, ignore_errors=True)
+        (results / part).mkdir(parents=True)
         for file in [
             *job.folder.glob("*.*"),
             run / "log.jsonl",
@@ -105,10 +110,11 @@ def bring_home(results: Path, path: Path = QUEUE) -> list[str]:
     join_files(results)
     for entry in found["pieces"]:
         part = results / FOLDERS.get(entry["model"], entry["model"]).replace("/", "-")
-        if not (part / "config.json").is_file() or entry["model"] in came:
+        if not (part / "config.json").is_file() or entry["model"] in came or entry.get("state") == "done":
             continue
         target, run = (queue.home(found) / name for name in (FOLDERS.get(entry["model"], entry["model"]), "runs"))
         target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(run / entry["model"], ignore_errors=True)  # what was trained there is newer
         for file in part.glob("*.*"):
             states = run / entry["model"] / "states"
             states.mkdir(parents=True, exist_ok=True)
@@ -139,6 +145,14 @@ def main() -> None:
     two.add_argument("--no-states", action="store_true", help="bring back weights and logs only")
     actions.add_parser("join").add_argument("results", type=Path)
     a = parser.parse_args()
+    try:
+        act(a)
+    except MetisError as error:
+        raise SystemExit(f"trip: {error}") from None
+
+
+def act(a: argparse.Namespace) -> None:
+    """Do what was asked on the command line."""
     if a.action == "pack":
         print(json.dumps(pack_up(a.out, a.megabytes), indent=1))
     elif a.action == "train":

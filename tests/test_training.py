@@ -1052,3 +1052,24 @@ def test_a_late_warm_up_is_the_same_after_a_stop(job_of, tmp_path):
         lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
         rates.append([json.loads(line)["lr"] for line in lines])
     assert rates[0] == rates[1] and len(rates[0]) == 20 and rates[0][0] < 0.2 * max(rates[0])
+
+
+def test_devices_and_strategies_that_are_not_there(job_of):
+    for device, strategy in (("cuda:7", "auto"), ("fridge", "auto"), ("cpu", "telepathy")):
+        with pytest.raises(MetisError, match="fridge|cuda|telepathy"):
+            recipes.train(job_of("stage1"), device=device, strategy=strategy)
+
+
+def test_films_are_taken_where_there_are_any(workshop, tmp_path, monkeypatch):
+    from metis_lib.data import video
+    from metis_lib.data.store import read_manifest, store_waves
+
+    rows = read_manifest(workshop[0])[:2]
+    rows = [replace(rows[0], video="talk.mp4", text="", start=0.2), rows[1]]
+    film = np.random.default_rng(0).integers(0, 255, (200, 96, 96), dtype=np.uint8)
+    monkeypatch.setattr(video, "read_lips", lambda path: film if path.endswith("talk.mp4") else None)
+    source = data.Lips(store_waves(rows, tmp_path / "waves"), seed=1)
+    batch = source.batch([0, 1], epoch=0, step=0)
+    pictures = (int(batch["lengths"][0]) + 1) // 2
+    assert np.array_equal(batch["video"][0, :pictures].numpy(), film[5 : 5 + pictures])  # 0.2 s into the film
+    assert batch["said"][0] == [] and len(batch["said"][1]) > 5 and batch["video"].shape[2:] == (96, 96)

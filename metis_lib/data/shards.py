@@ -451,11 +451,13 @@ def pack(shards: Shards, path: str | Path, *, megabytes: float | None = None, se
     from safetensors.numpy import save_file
 
     vocab, columns = PhoneTokenizer().vocab, dict[str, list[Any]](ssl=[], codes=[], phones=[], ends=[], phone_ends=[])
+    about = _read(shards.folder / "settings.json") if (shards.folder / "settings.json").is_file() else {}
+    codes = about.get("config", {}).get("acoustic_codec", {}).get("codebook_size", 1024)
     frames = phones = 0
     for i in np.random.default_rng(seed).permutation(len(shards)):
         record, tokens, *_ = shards[int(i)]
         ids = [vocab[p] for p in record.get("phones", ()) if p in vocab]
-        narrow = tokens[:, 1:].astype(np.uint8 if tokens[:, 1:].max(initial=0) < 256 else np.int16)
+        narrow = tokens[:, 1:].astype(np.uint8 if codes <= 256 else np.int16)
         size = (
             (frames + len(tokens)) * (2 + narrow.itemsize * narrow.shape[1])
             + phones

@@ -241,7 +241,8 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
             for row, wav in zip(rows, pool.map(decode, rows), strict=True):
                 said = row.text if row.language in VOICES else ""  # nobody here reads it
                 record = {"id": row.id, "speaker": row.speaker, "text": said, "human": row.human}
-                yield record | ({"video": str(row.root / row.video)} if row.video else {}), wav
+                film = {"video": str(row.root / row.video), "film_start": row.start or 0.0} if row.video else {}
+                yield record | film, wav
 
     return FlatStore.write(folder, pieces())
 

@@ -20,8 +20,6 @@ from metis_lib.errors import MetisError
 
 Maps = list[list[Tensor]]
 """One list a discriminator of feature maps ``[B, ...]``, the last of them the score map."""
-REC_WEIGHT, ADV_WEIGHT, FEAT_WEIGHT, CODEBOOK_WEIGHT, COMMIT_WEIGHT = 10.0, 2.0, 2.0, 1.0, 0.25
-"""Weights of the generator's losses (arXiv 2409.00750 appendix A.4)."""
 PEAK, QUIETEST = 0.8, 1e-3
 """Peak the input is scaled to, and the peak below which the gain grows no more (or silence had huge gradients)."""
 

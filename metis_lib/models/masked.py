@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metis_lib.config import DecodeSettings
@@ -155,8 +154,3 @@ def confine_masks(masked: Tensor, prompt_lengths: Tensor, lengths: Tensor) -> Te
     masked = masked & (position >= prompt_lengths[:, None]) & (position < lengths[:, None])
     empty = ~masked.any(dim=1, keepdim=True)
     return masked | (empty & (position == prompt_lengths[:, None]))
-
-
-def masked_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy over masked tokens: ``logits [N, V]``, ``targets [N]`` (Metis equation 1)."""
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)

@@ -477,6 +477,10 @@ class Lips:
         self.lengths = np.where(worded & (frames >= 25) & (frames <= self.longest), frames, 0)
         self._timed: dict[int, Any] = {}
 
+    def _first(self, i: int) -> int:
+        """The picture of a film with which recording ``i`` begins."""
+        return round(25 * self.waves.items[i].get("film_start", 0.0))
+
     def timed(self, i: int) -> Any:
         """When each phone of recording ``i`` is said; aligned on first use."""
         if i not in self._timed:
@@ -496,7 +500,11 @@ class Lips:
             target, film = _heard(self.waves[i].astype(np.float32) / 32767), self.waves.items[i].get("video")
             try:
                 timed = self.timed(i) if self.waves.items[i]["text"] else []
-                video = read_lips(film) if film else render(timed, len(target), FaceStyle.sample(rng), rng)
+                video = (
+                    read_lips(film)[self._first(i) :]
+                    if film
+                    else render(timed, len(target), FaceStyle.sample(rng), rng)
+                )
             except MetisError as error:  # a text that is not what is said, a film without a face
                 failed = str(error)
                 continue

@@ -153,14 +153,21 @@ def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str 
     chosen: Any = strategy
     if strategy in ("auto", "ddp") and world > 1:  # a batch may pass by a task's modules: no text, another codec layer
         chosen = ddp(find_unused_parameters=True)
+    if device != "auto":
+        from metis_lib.pipeline import pick_device
+
+        pick_device(device)
     accelerator = "auto" if device == "auto" else device.partition(":")[0].replace("cuda", "gpu")
     if settings.precision == "bf16-mixed" and accelerator == "auto" and torch.backends.mps.is_available():
         accelerator = "cpu"  # autocast to bf16 is not complete there
     devices: Any = local if world > 1 else [int(device[5:])] if device.startswith("cuda:") else 1
-    fabric = fabric_module.Fabric(
-        accelerator=accelerator, devices=devices, num_nodes=world // local, strategy=chosen,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )  # fmt: skip
+    try:
+        fabric = fabric_module.Fabric(
+            accelerator=accelerator, devices=devices, num_nodes=world // local, strategy=chosen,
+            precision=settings.precision,  # type: ignore[arg-type]
+        )  # fmt: skip
+    except (ValueError, RuntimeError) as error:
+        raise MetisError(f"strategy {strategy!r} on device {device!r}: {error}") from error
     fabric.launch()
     return fabric
 
@@ -411,11 +418,11 @@ def fit(
                             fabric.backward(sum(terms) * fabric.world_size)
                         for term, value in sums.items():
                             totals[term] = totals.get(term, 0.0) + value.detach()
-                norm = fabric.clip_gradients(module, optimizer, max_norm=settings.clip, error_if_nonfinite=False)
-                if bool(torch.isfinite(norm)):
-                    optimizer.step()
-                else:
-                    finite = False
+                    norm = fabric.clip_gradients(module, optimizer, max_norm=settings.clip, error_if_nonfinite=False)
+                    if bool(torch.isfinite(norm)):
+                        optimizer.step()
+                    else:
+                        finite = False
                 optimizer.zero_grad(set_to_none=True)
                 for term in sums:
                     counted[term] = counted.get(term, 0.0) + counts[term]
@@ -474,7 +481,7 @@ def _validated(
     module.eval()
     with torch.no_grad(), fabric.autocast(), average.in_place() if average else nullcontext():
         scores = {key: round(float(value), 5) for key, value in objective.validate().items()}
-        samples = objective.samples()
+        samples = objective.samples() if fabric.is_global_zero else {}
     module.train()
     return scores, samples
 

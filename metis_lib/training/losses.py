@@ -49,5 +49,5 @@ def multi_scale_mel_losses(recon: Tensor, target: Tensor, sample_rate: int) -> t
         found = mel_magnitudes(recon, window, bands, sample_rate)
         log_l1 = log_l1 + (found.clamp(min=FLOOR).log() - wanted.clamp(min=FLOOR).log()).abs().mean((1, 2))
         distance, size = (x.flatten(1).norm(dim=1) for x in (found - wanted, wanted))
-        convergence = convergence + distance / size.clamp(min=FLOOR)
+        convergence = convergence + distance / size.clamp(min=1.0)  # silence must not outweigh all else
     return log_l1 / len(WINDOWS), convergence / len(WINDOWS)

@@ -124,6 +124,8 @@ def run_next(
         pid.unlink(missing_ok=True)
     entry |= outcome(found)
     queue = read(path)  # somebody may have edited the other entries meanwhile
+    places = [i for i, e in enumerate(queue["pieces"]) if all(e.get(k) == entry.get(k) for k in ("model", "settings"))]
+    number = number if number in places or not places else places[0]
     queue["pieces"][number] = entry
     write(path, queue)
     return {**entry, "number": number, "finished": found["finished"]}

@@ -837,8 +837,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command.json:
             print(json.dumps({"error": message}, ensure_ascii=False))
         return 2
-    if command.json:
-        print(json.dumps(answer.document, indent=1, ensure_ascii=False))
-    elif answer.text:
-        print(answer.text)
+    try:
+        if command.json:
+            print(json.dumps(answer.document, indent=1, ensure_ascii=False), flush=True)
+        elif answer.text:
+            print(answer.text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return answer.code

@@ -492,3 +492,9 @@ def test_own_recordings_become_tokens_in_three_commands(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["utterances"] == 2 and (tmp_path / "report.html").is_file()
     assert cli.main(["prepare", "tokens", manifest, f"--out={tmp_path / 'shards'}", "--system=debug", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["items"] == 2
+
+
+def test_a_reader_may_stop_reading():
+    command = f"{sys.executable} -m metis_lib checkpoint inspect nano | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("file") and done.stderr == ""

@@ -445,7 +445,7 @@ def fit(
                 sums = _all_sum(fabric, totals)
                 tick()
                 line: dict[str, Any] = {"step": progress["step"], "lr": rate, "seconds": round(progress["seconds"], 1)}
-                line |= {term: round(value / counted[term], 5) for term, value in sums.items()}
+                line |= {term: round(value / counted[term], 7) for term, value in sums.items()}
                 line |= {"frames": progress["frames"], "skipped": progress["skipped"]}
                 totals, counted, samples = {}, {}, None
                 if checked:

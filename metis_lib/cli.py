@@ -442,8 +442,10 @@ class Training(Command):
     """Processes that prepare batches."""
     budget: str | None = None
     """Stop, with a state to go on from, after this time: 90s, 100m, 2h."""
+    resume: bool = False
+    """Go on, bit for bit, with a run that was stopped: what happens anyway unless --fresh is said."""
     fresh: bool = False
-    """Forget a run that was stopped, and begin anew from the weights; by default it goes on (bit for bit)."""
+    """Forget a run that was stopped or finished, and begin anew from the weights."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     strategy: str = "auto"
@@ -452,6 +454,8 @@ class Training(Command):
     def _settings(self, model: str, preset_name: str) -> Any:
         from metis_lib.training.recipes import settings_for
 
+        if self.resume and self.fresh:
+            raise MetisError("say --resume or --fresh, not both")
         if self.workers < 0:
             raise MetisError(f"workers must not be negative, got {self.workers}")
         names = ("steps", "lr", "warmup", "frames", "accumulate", "ema", "precision", "validate_every")

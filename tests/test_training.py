@@ -504,8 +504,6 @@ def test_states_are_kept_and_forgotten(job_of, tmp_path):
     loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run")
     names = sorted(path.name for path in (tmp_path / "run/states").iterdir())
     assert names == [f"step-{n:08d}.ckpt" for n in (8, 10, 12)]
-    with pytest.raises(MetisError, match="holds a run already"):
-        loop.fit(objective, data.Feed(source, job.settings), job.settings, tmp_path / "run", resume=False)
 
 
 def test_a_full_disk_leaves_the_last_state_whole(job_of, tmp_path, monkeypatch):
@@ -1073,3 +1071,29 @@ def test_films_are_taken_where_there_are_any(workshop, tmp_path, monkeypatch):
     pictures = (int(batch["lengths"][0]) + 1) // 2
     assert np.array_equal(batch["video"][0, :pictures].numpy(), film[5 : 5 + pictures])  # 0.2 s into the film
     assert batch["said"][0] == [] and len(batch["said"][1]) > 5 and batch["video"].shape[2:] == (96, 96)
+
+
+def test_resume_is_a_word_of_the_command_line(workshop, tmp_path, capsys):
+    manifest, system = workshop
+    shutil.copytree(system, tmp_path / "system")
+    command = [
+        "train",
+        "part",
+        "stage1",
+        "--preset",
+        "debug",
+        "--out",
+        str(tmp_path / "system"),
+        "--data",
+        str(manifest),
+    ]
+    command += ["--steps", "3000", "--device", "cpu", "--json"]
+    assert cli.main([*command, "--budget", "0.5s"]) == 0
+    first = json.loads(capsys.readouterr().out)["scores"]
+    assert not first["finished"]
+    assert cli.main([*command, "--budget", "0.5s", "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["steps"] > first["steps"]
+    assert cli.main([*command, "--resume", "--fresh"]) == 2
+    assert "not both" in capsys.readouterr().err
+    assert cli.main([*command[:-5], "--steps", "2", "--device", "cpu", "--json", "--fresh"]) == 0
+    assert json.loads(capsys.readouterr().out)["scores"]["steps"] == 2

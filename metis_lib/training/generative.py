@@ -19,7 +19,7 @@ from metis_lib.models.stage2 import Stage2
 from metis_lib.tokenizers.lips import LipEncoder, upsample
 from metis_lib.training.data import Batch
 from metis_lib.training.loop import Objective
-from metis_lib.training.tokenizers import Frozen, _on
+from metis_lib.training.tokenizers import Frozen, placed
 
 STAGE2_MASKING = MaskingSettings(prompt_probability=0.85, max_prompt_fraction=0.5)
 """Stage 2: prompts up to half of the utterance, no floor (the released code's values)."""
@@ -97,7 +97,7 @@ class Stage1Training(Objective):
 
         tasks = {batch.get("task") for batch in self.check}
         for batch in self.check:
-            batch = self._given(_on(self, batch))
+            batch = self._given(placed(self, batch))
             told = [key for key in ("phones", "condition") if key in batch]
             add("cross_entropy", self._cross_entropy(batch, batch["hidden"], batch["t"]), batch["hidden"].sum())
             if not told:
@@ -118,7 +118,7 @@ class Stage1Training(Objective):
 
     def _generated(self, batch: Batch) -> tuple[Batch, Tensor]:
         """A batch, and the tokens ``[B, T]`` that its conditions give in 10 steps without a prompt."""
-        batch = self._given(_on(self, batch))
+        batch = self._given(placed(self, batch))
         nothing = batch["tokens"][:, :0]
         more = {key: batch.get(key) for key in ("condition", "hint")}
         if "phones" in batch:  # of one utterance alone: others would be heard through their padding
@@ -207,7 +207,7 @@ class Stage2Training(Objective):
         """``cross_entropy``, the mean over layers, and that of the first layer it predicts."""
         layers, found = range(self.model.first_layer, self.model.config.num_quantizers), dict[int, float]()
         for layer in layers if self.check else ():
-            pairs = [(self(b := _on(self, {**batch, "layer": layer})), b) for batch in self.check]
+            pairs = [(self(b := placed(self, {**batch, "layer": layer})), b) for batch in self.check]
             count = sum(float(b["hidden"].sum()) for _, b in pairs)
             found[layer] = sum(float(terms["loss"]) for terms, _ in pairs) / count
         if not found:

@@ -293,16 +293,15 @@ class Average:
 
 def fit(
     objective: Objective, feed: Any, settings: TrainSettings, folder: str | Path, *, fabric: Any = None,
-    resume: bool = True, budget: str | None = None, first: int = 0, say: Callable[[str], None] = lambda line: None,
+    budget: str | None = None, first: int = 0, say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train, or go on with, ``objective`` in ``folder``.
+    """Train ``objective`` in ``folder``, or go on from the newest state that lies there.
 
     Args:
         objective: nets on the CPU, which come back with the trained (or averaged) weights.
         feed: ``feed.open(step, rank, world, accumulate)`` iterates over this process's batches from a step on.
         folder: for ``states/``, ``log.jsonl`` and TensorBoard events.
         fabric: of :func:`make_fabric`; made if not given.
-        resume: go on from the newest state of ``folder``; False is an error where there is one.
         first: steps already done by the weights that ``objective`` holds, where no state is left.
         budget: time after which the run ends with a state, such as ``100m``; SIGTERM and Ctrl-C do the same.
         say: called with a line now and then.
@@ -339,8 +338,6 @@ def fit(
     by_name = dict(objective.named_parameters())
     average = Average({name: by_name[name] for name in names}, settings.ema) if settings.ema else None
     states = Checkpoints(folder / "states", settings.keep)
-    if states.found() and not resume:
-        raise MetisError(f"{folder} holds a run already; go on with it (--resume) or take another folder")
     state: dict[str, Any] = {"model": module} | {f"optimizer.{k}": o for k, o in zip(groups, wrapped, strict=True)}
     rest = states.load(state, fabric)
     buffers = dict(objective.named_buffers())

@@ -252,14 +252,14 @@ def _stage1(job: Job) -> Built:
 
 def _stage2(job: Job) -> Built:
     config: Stage2Config = getattr(job.system, job.model)
-    if job.tokens("train")[0][1].shape[1] <= config.num_quantizers:
-        raise MetisError("these token shards hold no acoustic codes; make them without --no-acoustic")
     weights = Stage2(config).layer_weights().tolist()
     longest = job.chosen["longest"]
     made = {
         split: data.Tokens(job.tokens(split), gen.STAGE2_MASKING, layer_weights=weights, longest=longest, seed=seed)
         for split, seed in (("train", job.settings.seed), ("validation", 1))
     }
+    if made["train"].shards[0][1].shape[1] <= config.num_quantizers:
+        raise MetisError("these token shards hold no acoustic codes; make them without --no-acoustic")
     objective = gen.Stage2Training(config, check=_check(job, made["validation"])[: max(1, job.check // 2)])
     return objective, made["train"], lambda: {"state": objective.model, "config": config}
 

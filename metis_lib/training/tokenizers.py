@@ -150,7 +150,7 @@ class SSLTraining(Objective):
         errors = total = 0
         loss = count = 0.0
         for batch in self.check:
-            batch = _on(self, batch)
+            batch = placed(self, batch)
             loss += float(self(batch)["masked"])
             count += self.counts(batch)["masked"]
             if self.heads.phones is not None:
@@ -171,7 +171,7 @@ def set_statistics(encoder: SSLEncoder, batches: Iterable[Batch]) -> None:
     encoder.set_stats(joined.mean(0), joined.var(0).clamp(min=1e-4))
 
 
-def _on(objective: nn.Module, batch: Batch) -> Batch:
+def placed(objective: nn.Module, batch: Batch) -> Batch:
     """A batch where the objective's weights are."""
     where = next(objective.parameters()).device
     return {key: value.to(where) if isinstance(value, Tensor) else value for key, value in batch.items()}
@@ -230,7 +230,7 @@ class SemanticTraining(Objective):
         loss = frames = 0.0
         used = torch.zeros(self.codec.config.codebook_size)
         for batch in self.check:
-            batch = _on(self, batch)
+            batch = placed(self, batch)
             features = self.frozen[0].features(batch["clean"], batch["lengths"])
             exists = torch.arange(features.shape[1], device=features.device)[None] < batch["lengths"][:, None]
             _, losses, tokens = self.codec(features, exists)
@@ -308,7 +308,7 @@ class AcousticTraining(Objective):
         """``mel`` and ``convergence`` of held-out crops, and the part of the codes in use."""
         sums, used = np.zeros(3), [set[int]() for _ in range(self.codec.config.num_quantizers)]
         for batch in self.check:
-            wav = _on(self, batch)["wav"]
+            wav = placed(self, batch)["wav"]
             out = self.codec(wav)
             mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
             sums += [float(mel.sum()), float(convergence.sum()), len(wav)]
@@ -320,7 +320,7 @@ class AcousticTraining(Objective):
     def samples(self) -> dict[str, tuple[Tensor, int]]:
         """Two held-out crops, as they were and as they came back."""
         out: dict[str, tuple[Tensor, int]] = {}
-        for i, wav in enumerate(_on(self, self.check[0])["wav"][:2] if self.check else ()):
+        for i, wav in enumerate(placed(self, self.check[0])["wav"][:2] if self.check else ()):
             rate = self.codec.config.sample_rate
             out |= {f"recorded {i}": (wav, rate), f"resynthesised {i}": (self.codec(wav[None])["recon"][0], rate)}
         return out
@@ -359,7 +359,7 @@ class LipTraining(Objective):
         """``phone_error`` of the greedy path; a perfect reader of the visemes has the oracle's (docs/lips.md)."""
         errors = total = 0
         for batch in self.check:
-            batch = _on(self, batch)
+            batch = placed(self, batch)
             wrong, said = phone_errors(self._logits(batch), batch["said"], batch["lengths"])
             errors, total = errors + wrong, total + said
         return {"phone_error": errors / total} if total else {}

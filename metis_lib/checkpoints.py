@@ -101,8 +101,11 @@ def load_state(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
 
 
-def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None:
-    """Load ``state`` strictly; keys or shapes that do not fit are an error that names the first of them."""
+def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path, *, assign: bool = False) -> None:
+    """Load ``state`` strictly; keys or shapes that do not fit are an error that names the first of them.
+
+    ``assign`` takes the tensors themselves, for modules on the meta device.
+    """
     have = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     given = {key: tuple(value.shape) for key, value in state.items()}
     wrong = sorted(key for key in have.keys() | given.keys() if have.get(key) != given.get(key))
@@ -112,7 +115,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path) -> None
             f"{where} does not fit the model: {len(wrong)} tensors differ, the first is {key} "
             f"(model {have.get(key, 'lacks it')}, file {given.get(key, 'lacks it')})"
         )
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)
 
 
 def system_hash(folder: str | Path) -> str:
@@ -122,6 +125,22 @@ def system_hash(folder: str | Path) -> str:
         if path.is_file() and path.suffix in {".json", ".safetensors"}:
             digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
     return digest.hexdigest()
+
+
+def own_system(name: str | Path) -> bool:
+    """Whether ``name`` is meant to be a system of ours; if not, it is in the released layout or on a hub."""
+    given = Path(name).expanduser()
+    if (SHIPPED / str(name)).is_dir() or "/" not in str(name):
+        return not (given.is_dir() and released_layout(given))
+    return given.is_dir() and not released_layout(given)
+
+
+def released_layout(folder: Path) -> bool:
+    """Whether a folder looks like the published one."""
+    names = ("metis_*", "MaskGCT", "s2a_model", "t2s_model")
+    return not (folder / "acoustic_codec" / "config.json").is_file() and any(
+        next(folder.glob(name), None) for name in names
+    )
 
 
 def locate(name: str | Path) -> Path:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 
@@ -59,37 +59,84 @@ class Generate(Command):
     """What commands that make audio share."""
 
     output: Path
-    """Recording to write: .wav, .flac or .ogg."""
+    """Recording to write (.wav, .flac or .ogg); of many inputs, the folder."""
     model: str = "nano"
-    """nano, debug (random weights) or the folder of a system."""
+    """nano, debug (random weights), the folder of a system, or amphion/metis."""
+    variant: Literal["full", "lora"] | None = None
+    """Of the published weights."""
+    revision: str | None = None
+    """Of the published weights."""
     seed: int = 0
     """Same seed, same samples."""
     steps: int | None = None
     """Decoding steps of stage 1; the task's own by default."""
+    cfg: float | None = None
+    """Scale of guidance."""
+    rescale: float | None = None
+    """Share of the guided result that is brought back to its deviation."""
+    temperature: float | None = None
+    """Of the first step; it falls to zero."""
+    top_k: int | None = None
+    """Tokens that may be drawn."""
+    schedule: Literal["cosine", "linear", "square", "cubic", "sqrt"] | None = None
+    """How many tokens stay masked."""
+    stage2_steps: tuple[int, ...] = ()
+    """Decoding steps of the acoustic layers, 1 for those that are not named."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the transformers' weights."""
+    compat: Literal["released"] | None = None
+    """The wiring of the released code."""
+    batch_frames: int | None = None
+    """Padded frames (50 a second) that are worked on together."""
+    format: Literal["flac", "wav", "ogg"] = "flac"
+    """Of many outputs."""
+    fresh: bool = False
+    """Make again what a folder holds already."""
     device: str = "auto"
     """auto, cpu, cuda or mps."""
 
-    def make(self, metis: Any) -> Any:
-        """The speech, by the model."""
-        raise NotImplementedError
+    TASK: ClassVar[str] = ""
 
-    def sources(self) -> tuple[Path, ...]:
-        """Files that must not be overwritten."""
-        raise NotImplementedError
+    def item(self) -> dict[str, Any]:
+        """The arguments of the task, as far as they are given."""
+        from metis_lib.pipeline import SOURCES
 
-    def run(self) -> Answer:
-        _check_output(self.output, self.sources())
-        if not 0 <= self.seed < 2**63:
-            raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {self.seed}")
-        from metis_lib import audio
+        names = {"input": {"l2s": "video", "tts": "text"}.get(self.TASK, "source")}
+        given = {names.get(key, key): value for key, value in vars(self).items() if value is not None}
+        item = {key: given[key] for key in (*SOURCES[self.TASK][0], *SOURCES[self.TASK][1]) if key in given}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in item.items()}
 
-        for source in self.sources():  # what is wrong with them shows before a model is loaded
-            audio.read(source, AUDIO_RATE)
+    def _options(self) -> dict[str, Any]:
+        names = ("steps", "cfg", "rescale", "temperature", "top_k", "schedule", "batch_frames")
+        found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return found | ({"stage2_steps": self.stage2_steps} if self.stage2_steps else {})
+
+    def _metis(self) -> Any:
+        from metis_lib.checkpoints import own_system
         from metis_lib.pipeline import Metis
 
-        metis = Metis.from_pretrained(self.model, device=self.device)
+        published = None if own_system(self.model) else self.TASK
+        return Metis.from_pretrained(
+            self.model, task=published, variant=self.variant, revision=self.revision, device=self.device,
+            dtype=self.dtype, compat=self.compat,
+        )  # fmt: skip
+
+    def run(self) -> Answer:
+        if not 0 <= self.seed < 2**63:
+            raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {self.seed}")
+        from metis_lib import audio, bulk
+
+        many = getattr(self, "input", None)
+        if many is not None and bulk.is_bulk(self.TASK, many):
+            return self._many(many)
+        item = self.item()
+        sources = [Path(item[key]) for key in ("source", "prompt", "like") if key in item]
+        _check_output(self.output, sources)
+        for source in sources:  # what is wrong with them shows before a model is loaded
+            audio.read(source, AUDIO_RATE)
+        metis = self._metis()
         began = time.perf_counter()
-        speech = self.make(metis)
+        speech = metis.generate(self.TASK, [item], seed=self.seed, **self._options())[0]
         took = time.perf_counter() - began
         speech.save(self.output)
         document = {
@@ -103,49 +150,108 @@ class Generate(Command):
         }
         return Answer(f"{self.output}: {speech.seconds:.2f} s of speech, made in {took:.2f} s", document)
 
+    def _many(self, source: Path) -> Answer:
+        """A folder or a manifest."""
+        from metis_lib import bulk
+        from metis_lib.evaluation.record import checkpoint_hashes, code_hash
+
+        given = {key: value for key, value in self.item().items() if key not in ("source", "video", "text")}
+        items = bulk.read_items(self.TASK, source, given)
+        if self.output.is_file():
+            raise MetisError(f"{self.output} is a file; of many inputs the output is a folder")
+        metis, began = self._metis(), time.monotonic()
+        about = {"model": self.model, "dtype": self.dtype, "compat": self.compat, "variant": self.variant}
+        if own := checkpoint_hashes(self.model).get("checkpoint_sha256"):
+            about["checkpoint"] = own
+        about["code"] = code_hash("pipeline.py", "generation.py", "models", "tokenizers", "tasks")
+
+        def show(done: int, total: int, what: str) -> None:
+            took = time.monotonic() - began
+            _say(f"{done}/{total} {what} ({took:.0f} s, {took / done * (total - done):.0f} s to go)")
+
+        found = bulk.generate_all(
+            metis, self.TASK, items, self.output, options=self._options(), seed=self.seed, suffix=f".{self.format}",
+            fresh=self.fresh, about=about, progress=show,
+        )  # fmt: skip
+        lines = [f"{self.output}: {found['done']} made, {found['kept']} kept, {len(found['failed'])} failed"]
+        lines += [f"  {name}: {reason}" for name, reason in found["failed"].items()]
+        return Answer("\n".join(lines), {"output": str(self.output), **found}, 1 if found["failed"] else 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SE(Generate):
-    """Enhance a noisy recording."""
+    """Enhance noisy recordings."""
 
+    TASK = "se"
     input: Path
-    """The noisy recording."""
+    """A recording, a folder of them, or a manifest (.jsonl, .csv, .tsv)."""
 
-    def sources(self) -> tuple[Path, ...]:
-        return (self.input,)
 
-    def make(self, metis: Any) -> Any:
-        return metis.enhance(self.input, seed=self.seed, steps=self.steps)
+@dataclass(frozen=True, kw_only=True)
+class VC(Generate):
+    """Say what a recording says in the voice of a prompt."""
+
+    TASK = "vc"
+    input: Path
+    """A recording, a folder of them, or a manifest with source (and prompt)."""
+    prompt: Path | None = None
+    """A recording of the voice, a few seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TSE(VC):
+    """Extract the voice of a prompt from a mixture; text-guided if told what it says (Omni)."""
+
+    TASK = "tse"
+    text: str | None = None
+    """What the voice says in the mixture."""
+    prompt_text: str | None = None
+    """What it says in the prompt."""
+    language: str | None = None
+    """Of both texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TTS(Generate):
-    """Say a text in the voice of a prompt."""
+    """Say texts in the voice of a prompt."""
 
-    text: str
+    TASK = "tts"
+    text: str | None = None
     """What to say."""
-    prompt: Path
+    input: Path | None = None
+    """Many texts: one a line (.txt), or a manifest with text (prompt, prompt_text, seconds, language)."""
+    prompt: Path | None = None
     """A recording of the voice, a few seconds."""
-    prompt_text: str
+    prompt_text: str | None = None
     """What the prompt says."""
     seconds: float | None = None
     """Length of the speech; estimated from the prompt by default."""
+    like: Path | None = None
+    """A recording that the speech shall be as long as."""
     language: str = "en"
-    """Language of both texts."""
+    """Of the text."""
+    prompt_language: str | None = None
+    """Of the prompt, if it is another."""
 
-    def sources(self) -> tuple[Path, ...]:
-        return (self.prompt,)
+    def run(self) -> Answer:
+        from metis_lib import bulk
 
-    def make(self, metis: Any) -> Any:
-        return metis.speak(
-            self.text,
-            prompt=self.prompt,
-            prompt_text=self.prompt_text,
-            language=self.language,
-            seconds=self.seconds,
-            seed=self.seed,
-            steps=self.steps,
-        )
+        if (self.text is None) == (self.input is None):
+            raise MetisError("give --text, or --input with many texts")
+        if self.input is not None and not bulk.is_bulk("tts", self.input):
+            raise MetisError(f"{self.input}: many texts are a .txt with one a line, or a manifest (.jsonl, .csv, .tsv)")
+        return super().run()
+
+
+@dataclass(frozen=True, kw_only=True)
+class L2S(Generate):
+    """Say what silent lips say in the voice of a prompt."""
+
+    TASK = "l2s"
+    input: Path
+    """A video at 25 fps, a folder of them, or a manifest with video (and prompt)."""
+    prompt: Path | None = None
+    """A recording of the voice, a few seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -647,6 +753,100 @@ class Inspect(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sizes(Command):
+    """Parameters and exact bytes of every released file, from their description; nothing is downloaded or built."""
+
+    preset: Literal["paper", "nano", "debug"] = "paper"
+    """Sizes of the parts."""
+
+    def run(self) -> Answer:
+        from metis_lib.config import preset
+        from metis_lib.convert import sizes
+
+        found = sizes(preset(self.preset))
+        lines = [f"{'file':<18}{'million parameters':>20}{'bytes':>16}"]
+        lines += [f"{name:<18}{row['parameters'] / 1e6:>20.2f}{row['bytes']:>16,}" for name, row in found.items()]
+        return Answer("\n".join(lines), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(Command):
+    """Check released files that are here against their tables of keys, sizes and hashes (exit code 1: one is wrong)."""
+
+    where: Name = "amphion/metis"
+    """A folder in the released layout, or a hub id (what the cache holds of it)."""
+    task: Literal["base", "tts", "vc", "tse", "se", "l2s", "omni"] | None = None
+    """Only what this task needs, all of which must be here."""
+    variant: Literal["full", "lora"] | None = None
+    """Of the task; the published default."""
+
+    def run(self) -> Answer:
+        from metis_lib.convert import verify
+        from metis_lib.released import Released
+
+        place = Released(self.where, local_files_only=True)
+        rows = verify(place, self.task, self.variant)
+        if all(row["status"] == "absent" for row in rows):
+            raise MetisError(f"no released files in {place.folder if place.on_hub else self.where} or the hub's cache")
+        lines = [f"{'file':<23}{'status':<8}{'bytes':>14}  path or reason"]
+        lines += [
+            f"{row['file']:<23}{row['status']:<8}{row['bytes'] or '':>14}  {row['note'] or row['path'] or ''}"
+            for row in rows
+        ]
+        bad = any(row["status"] == "wrong" for row in rows)
+        document = {"where": self.where, "ok": not bad, "licence": place.licence, "files": rows}
+        return Answer("\n".join([*lines, f"Licence: {place.licence}"]), document, int(bad))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert(Command):
+    """Released files to a system of ours, or back; the new folder appears when it is whole."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")]
+    """A folder or hub id of released files, or a system of ours."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TO")]
+    """The new folder."""
+    to: Literal["own", "released"]
+    """Which layout to write."""
+    task: tuple[Literal["tts", "vc", "tse", "se", "l2s", "omni"], ...] = ()
+    """Only these tasks; by default all that are there."""
+    variant: Literal["full", "lora"] | None = None
+    """Of released tasks; the published default."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which a system of ours is stored."""
+
+    def run(self) -> Answer:
+        import torch
+
+        from metis_lib import convert
+
+        if self.to == "own":
+            kind = getattr(torch, self.dtype)
+            made = convert.to_own(self.source, self.target, tasks=self.task, variant=self.variant, dtype=kind, say=_say)
+        else:
+            made = convert.to_released(self.source, self.target, tasks=self.task, say=_say)
+        return Answer(f"{made}: written in the layout '{self.to}'", {"folder": str(made), "layout": self.to})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export(Command):
+    """Write what you fine-tuned as LoRA and adapter files in the released naming, with a model card."""
+
+    system: Name
+    """nano, or the folder of a system."""
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+    """The new folder."""
+    task: Literal["tts", "vc", "tse", "se", "l2s", "omni"]
+    """Which task of it."""
+
+    def run(self) -> Answer:
+        from metis_lib.convert import export
+
+        files = [str(path) for path in export(self.system, self.out, self.task)]
+        return Answer("\n".join(files), {"files": files})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
     """Say what works on this machine, and what to do about what does not (exit code 1: a needed part fails)."""
 
@@ -682,6 +882,11 @@ class Lab(Command):
 PREPARE: dict[str, type[Command]] = {
     "judges": Judges, "nano": Nano, "testset": Testset, "manifest": Manifest, "corpus": PublicCorpus,
     "report": CorpusReport, "tokens": Tokens,
+}  # fmt: skip
+
+
+CHECKPOINT: dict[str, type[Command]] = {
+    "inspect": Inspect, "convert": Convert, "verify": Verify, "export": Export, "sizes": Sizes,
 }  # fmt: skip
 
 
@@ -731,6 +936,10 @@ def _part(file: Path, base: Path) -> dict[str, Any]:
             size *= length
         count += size
     about = read_json(file.parent / "config.json") or {} if file.stem == "model" else {}
+    if "type" not in about or about["type"] == "SystemConfig":
+        from metis_lib.released_files import name_of
+
+        about = {"type": name_of(file)}
     return {
         "file": str(file.relative_to(base)),
         "type": about.get("type"),
@@ -770,10 +979,11 @@ def _say(line: str) -> None:
 
 def _app() -> tyro.extras.SubcommandApp:
     app, generate, checkpoint, prepare, train, bench = (tyro.extras.SubcommandApp() for _ in range(6))
-    generate.command(SE, name="se")
-    generate.command(TTS, name="tts")
-    checkpoint.command(Inspect, name="inspect")
-    app.command(generate, name="generate", help="Make speech: se (enhance a recording), tts (say a text).")
+    for name, command in {"tts": TTS, "vc": VC, "tse": TSE, "se": SE, "l2s": L2S}.items():
+        generate.command(command, name=name)
+    for name, command in CHECKPOINT.items():
+        checkpoint.command(command, name=name)
+    app.command(generate, name="generate", help="Make speech: tts, vc, tse, se or l2s, of one or many inputs.")
     app.command(Demo, name="demo")
     for name, command in PREPARE.items():
         prepare.command(command, name=name)
@@ -785,7 +995,7 @@ def _app() -> tyro.extras.SubcommandApp:
     app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
     bench.command(BenchTrain, name="train")
     app.command(bench, name="bench", help="Measure speed: train.")
-    app.command(checkpoint, name="checkpoint", help="Look into checkpoints.")
+    app.command(checkpoint, name="checkpoint", help="Look into checkpoints, convert and check released ones.")
     app.command(Doctor, name="doctor")
     app.command(Lab, name="lab")
     return app

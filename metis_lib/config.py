@@ -159,7 +159,9 @@ class SystemConfig:
 class DecodeSettings:
     """How one masked generative model is decoded (values of the released scripts by default).
 
-    ``top_fraction`` of the vocabulary is kept before sampling (released ``filter_thres`` is one minus it).
+    ``top_fraction`` of the vocabulary is kept before sampling (released ``filter_thres`` is one minus it), or the
+    ``top_k`` best where that is given.  ``schedule`` says how many tokens stay masked (:func:`masked.still_masked`).
+    ``guide_always`` computes the unconditional pass even where nothing is there to drop (the identity; as released).
     """
 
     steps: int = 25
@@ -168,6 +170,9 @@ class DecodeSettings:
     temperature: float = 0.9
     top_fraction: float = 1 - 0.98
     choice_temperature: float = 1.0
+    top_k: int | None = None
+    schedule: str = "cosine"
+    guide_always: bool = False
 
 
 def preset(name: str) -> SystemConfig:

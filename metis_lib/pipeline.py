@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,49 +13,59 @@ from torch import Tensor
 
 from metis_lib import audio
 from metis_lib.audio import Source, Speech
-from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate
-from metis_lib.config import (
-    AUDIO_RATE,
-    FRAME_RATE,
-    SSL_RATE,
-    AcousticCodecConfig,
-    DecodeSettings,
-    SemanticCodecConfig,
-    SSLConfig,
-    Stage1Config,
-    Stage2Config,
-    preset,
-)
+from metis_lib.checkpoints import fill, own_system
+from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE, Stage1Config, preset
 from metis_lib.errors import MetisError
+from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, run
 from metis_lib.models import adapt
-from metis_lib.models.masked import MaskedTrace
+from metis_lib.models.masked import Noise
 from metis_lib.models.stage1 import Stage1, stretch
 from metis_lib.models.stage2 import Stage2
-from metis_lib.tasks import TASKS, task
-from metis_lib.tasks.tts import target_frames
+from metis_lib.stores import PARTS, Folder, Random, Store
+from metis_lib.tasks import TASKS
+from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
+from metis_lib.tokenizers.lips import LipEncoder, upsample
 from metis_lib.tokenizers.semantic import SemanticCodec
-from metis_lib.tokenizers.ssl import SSLEncoder
-from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames
+from metis_lib.tokenizers.text import PhoneTokenizer, sentences
 
 SHORTEST_PROMPT = 0.5
 SHORTEST_INPUT = 0.2
 LONGEST_PROMPT = 20.0
-LONGEST_INPUT = 60.0
-"""Limits in seconds.  Attention is quadratic in length; longer recordings have to be cut first."""
+LONGEST_WHOLE = 30.0
+LONGEST_SPOKEN = 60.0
+LONGEST_INPUT = 3600.0
+"""Limits in seconds.  A source longer than ``LONGEST_WHOLE`` is worked on in windows: attention is quadratic."""
 
-STAGE2_STEPS = (20, 10) + (1,) * 10
-"""Decoding steps of the acoustic layers (the released scripts take 40, 16, 1, 1, ...)."""
-STAGE2 = DecodeSettings(cfg=2.5, temperature=1.5)
-PARTS: dict[str, tuple[Any, Any, str]] = {
-    "ssl": (SSLConfig, SSLEncoder, "ssl"),
-    "semantic": (SemanticCodecConfig, SemanticCodec, "semantic_codec"),
-    "acoustic": (AcousticCodecConfig, AcousticCodec, "acoustic_codec"),
-    "stage1": (Stage1Config, Stage1, "stage1"),
-    "stage2_layer1": (Stage2Config, Stage2, "stage2_layer1"),
-    "stage2_full": (Stage2Config, Stage2, "stage2_full"),
+WINDOW, OVERLAP, CARRY = 1000, 100, 150
+"""Frames of a window, shared with the next one, and that stage 2 goes on from."""
+SAID_AT_ONCE = 15.0
+"""Seconds that a text should not pass; a longer one is said sentence by sentence."""
+PAUSE = 0.15
+"""Seconds of silence between parts of a long text."""
+HOP = SSL_RATE // FRAME_RATE
+REACH = 240
+"""A token is heard from 560 samples at 16 kHz: those of its frame, and ``REACH`` of the next."""
+LARGE = 100_000_000
+"""Of a stage 1 of so many parameters there is one copy in memory, which the tasks' LoRA weights take turns in."""
+
+SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "tts": (("text", "prompt", "prompt_text"), ("language", "prompt_language", "seconds", "like")),
+    "vc": (("source", "prompt"), ()),
+    "tse": (("source", "prompt"), ("text", "prompt_text", "language")),
+    "se": (("source",), ()),
+    "l2s": (("video", "prompt"), ()),
+    "base": (("prompt",), ("seconds",)),
 }
-"""The parts of a system: configuration, module and folder of each."""
+"""What an item of a task holds: what it must and what it may."""
+
+NEEDS = {
+    "se": ("ssl", "acoustic_decoder"),
+    "l2s": ("ssl", "semantic", "acoustic", "lips"),
+    "base": ("ssl", "semantic", "acoustic", "stage1"),
+}
+"""What a task needs besides its own weights and stage 2; what is not listed here takes a prompt and no video."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -69,11 +81,38 @@ def pick_device(device: str) -> torch.device:
         raise MetisError(f"no device {device!r} on this machine; use auto, cpu, cuda, cuda:1 or mps") from error
 
 
-class Metis:
-    """A whole system: tokenizers, stage 1 with its tasks, stage 2, codec.
+def pick_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """``float32`` or ``bfloat16``, by name or as torch has it; float64 for exact comparisons."""
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+    found = dtype if isinstance(dtype, torch.dtype) else names.get(dtype)
+    if found not in names.values():
+        raise MetisError(f"unknown dtype {dtype!r}; choose float32 or bfloat16")
+    return found
+
+
+@dataclass
+class Job:
+    """One item of the user's: requests that make it, in their order, or (``windows``) that come one by one.
 
     Attributes:
-        traces: decoder iterations of the last call: ``ssl`` (a trace) and ``acoustic`` (one a layer).
+        samples: length of the result at 24 kHz; None where the frames say it.
+        windows: from what was made of a long source so far (tokens, codes) to its next request and the frames of it
+            that count; None at the end.
+    """
+
+    requests: list[Request]
+    samples: int | None
+    info: dict[str, Any]
+    windows: Generator[tuple[Request, int], Made | None, None] | None = None
+    made: list[Made] = field(default_factory=list)
+
+
+class Metis:
+    """A whole system: tokenizers, stage 1 with its tasks, stage 2, codec; parts load at their first use.
+
+    Attributes:
+        traces: decoder iterations of the last utterance: ``ssl`` (a trace) and ``acoustic`` (one a layer).
+        compat: ``"released"`` for the wiring of the released code, token for token (docs/paper_system.md).
     """
 
     ssl: SSLEncoder
@@ -82,94 +121,171 @@ class Metis:
     stage1: Stage1
     stage2_layer1: Stage2
     stage2_full: Stage2
+    lips: LipEncoder
+    phones: PhoneTokenizer
 
-    def __init__(
-        self,
-        parts: dict[str, Any],
-        tasks: dict[str, tuple[TaskConfig, dict[str, Tensor]]],
-        name: str,
-        device: torch.device,
-    ) -> None:
-        """``parts`` are modules by the names above; ``tasks`` are what fine-tuning added to stage 1."""
-        self.name, self.device = name, device
-        self.phones = PhoneTokenizer()
-        for part, module in parts.items():
-            setattr(self, part, module.to(device).eval())
-        self._added = tasks
-        self._task_models: dict[str, Stage1] = {}
+    def __init__(self, store: Store, device: torch.device, *, compat: str | None = None) -> None:
+        if compat not in (None, "released"):
+            raise MetisError(f"unknown compat {compat!r}; leave it out, or say 'released'")
+        self.store, self.name, self.device, self.compat = store, store.name, device, compat
         self.traces: dict[str, Any] = {}
+        self._asked: dict[str, str | None] = {}
+        self._task_models: dict[str, Stage1] = {}
+        self._merged: str | None = None
+        self._voices: dict[str, Voice] = {}
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = "nano", *, device: str = "auto") -> Metis:
+    def from_pretrained(
+        cls, name: str | Path = "nano", *, task: str | Sequence[str] | None = None, variant: str | None = None,
+        revision: str | None = None, device: str = "auto", dtype: str | torch.dtype = "float32",
+        compat: str | None = None, local_files_only: bool = False,
+    ) -> Metis:  # fmt: skip
         """Load a system.
 
         Args:
-            name: ``nano`` (ships with the library), ``debug`` (random weights) or the folder of a system.
+            name: ``nano`` (ships with the library), ``debug`` (random weights), the folder of a system, or the
+                published weights: ``amphion/metis`` or a folder in the released layout.
+            task: load what these need (tts, vc, tse, se, l2s, omni, base); by default everything of a system of
+                ours, and of the published weights what is used, when it is used.
+            variant: of published tasks, ``full`` or ``lora``; by default what was published for them.
+            revision: of the published weights.
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+            dtype: ``float32`` or ``bfloat16`` (transformers only; codecs stay in fp32).
+            compat: ``released`` for the wiring of the released code.
+            local_files_only: never ask the hub.
 
         Raises:
             MetisError: unknown name, or a damaged or incomplete checkpoint.
         """
-        where = pick_device(device)
-        if str(name) == "debug":
-            return cls._debug(where)
-        folder = locate(name)
-        parts, tasks = {}, {}
-        for part, (config_class, module_class, at) in PARTS.items():
-            parts[part] = module_class(load_config_and_card(folder / at, config_class)[0])
-            fill(parts[part], load_state(folder / at), folder / at)
-        parts["ssl"].set_stats(**load_state(folder / "ssl", "stats"))
-        for path in sorted((folder / "tasks").glob("*/config.json")):
-            config, _ = load_config_and_card(path.parent, TaskConfig)
-            tasks[config.task] = (config, load_state(path.parent))
-        return cls(parts, tasks, str(name), where)
+        where, kind = pick_device(device), pick_dtype(dtype)
+        store: Store
+        if str(name) in ("debug", "random-nano", "random-paper"):
+            store = Random(str(name).removeprefix("random-"), kind)
+        elif own_system(name):
+            store = Folder(name, kind)
+        else:
+            from metis_lib.released import Released
 
-    @classmethod
-    def _debug(cls, device: torch.device) -> Metis:
-        """Random weights of the debug preset, the same every time; all tasks are there."""
-        system = preset("debug")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            parts = {part: module_class(getattr(system, part)) for part, (_, module_class, _) in PARTS.items()}
-            tasks = {}
-            for name, entry in TASKS.items():
-                config = TaskConfig(name, entry.changes(system, phone_vocab=PhoneTokenizer().size))
-                added = Stage1(replace(system.stage1, **config.stage1)).state_dict()
-                base = set(parts["stage1"].state_dict())
-                tasks[name] = (config, {key: value for key, value in added.items() if key not in base})
-        return cls(parts, tasks, "debug", device)
+            store = Released(name, revision=revision, dtype=kind, local_files_only=local_files_only)
+        self = cls(store, where, compat=compat)
+        if task is not None:
+            for one in [task] if isinstance(task, str) else task:
+                self.load_task(one, variant)
+        elif isinstance(store, Folder):
+            for part in PARTS:
+                if part != "lips":
+                    getattr(self, part)
+        return self
+
+    def load_task(self, task: str, variant: str | None = None) -> None:
+        """Load a task and all that it needs, sharing what is there; MetisError before anything is loaded."""
+        self.store.require(task, variant)
+        self._asked[task] = variant
+        self._task_models.pop(task, None)
+        if task != "base":
+            self.task_model(task)
+        for part in (*NEEDS.get(task, ("ssl", "semantic", "acoustic")), "stage2_layer1", "stage2_full"):
+            getattr(self, part)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that this system has weights for."""
-        return tuple(self._added)
+        return self.store.tasks
+
+    def __getattr__(self, name: str) -> Any:
+        """Parts, at their first use."""
+        if name == "phones":
+            self.phones = self.store.phones()
+        elif name == "acoustic_decoder" and "acoustic" in self.__dict__:
+            return self.acoustic
+        elif name in PARTS or name == "acoustic_decoder":
+            setattr(self, name, self.store.part(name).to(self.device))
+            if name == "acoustic":
+                self.acoustic_decoder = self.acoustic
+        else:
+            raise AttributeError(name)
+        return self.__dict__[name]
 
     def task_model(self, name: str) -> Stage1:
-        """Stage 1 as fine-tuned for a task, LoRA folded in; built on first use."""
+        """Stage 1 as fine-tuned for a task, LoRA folded in; ``base`` is the pre-trained one.
+
+        Of a large stage 1 (the published one) there is one copy, which the LoRA weights of the tasks take turns in: a
+        model got earlier then refuses to run until it is asked for again.
+        """
         if name not in self._task_models:
-            if name not in self._added:
-                have = ", ".join(self._added) or "none"
-                raise MetisError(f"the system {self.name!r} has no weights for the task {name!r} (it has: {have})")
-            config, added = self._added[name]
-            model = Stage1(replace(self.stage1.config, **config.stage1))
-            lora = {key: value for key, value in added.items() if ".lora_" in key}
-            plain = {key: value for key, value in added.items() if ".lora_" not in key}
-            fill(model, {**self.stage1.state_dict(), **plain}, f"task {name} of {self.name}")
-            if config.lora_rank:
-                adapt.add_lora(model, config.lora_rank)
-                adapt.load_lora(model, lora)
-                adapt.merge_lora(model)
-            self._task_models[name] = model.to(self.device).eval()
+            self._task_models[name] = self._build(name)
+        self._take_turn(name)
         return self._task_models[name]
+
+    def _build(self, name: str) -> Stage1:
+        if name == "base":
+            return self.stage1
+        config, added = self.store.task(name, self._asked.get(name))
+        plain = {key: value for key, value in added.items() if ".lora_" not in key}
+        whole = "to_logit.weight" in plain and not config.lora_rank  # everything was trained
+        system = getattr(self.store, "config", None) if whole else None
+        sizes: Stage1Config = self.stage1.config if system is None else system.stage1
+        with torch.device("meta"):
+            model = Stage1(replace(sizes, **config.stage1))
+        state = plain if whole else {**self.stage1.state_dict(), **plain}
+        fill(model, state, f"task {name} of {self.name}", assign=True)
+        if config.lora_rank:
+            lora = {key: value for key, value in added.items() if ".lora_" in key}
+            adapt.check_lora(model, lora)
+            if sum(p.numel() for p in self.stage1.parameters()) < LARGE:
+                adapt.fold_lora(model, lora, copy=True)
+            else:
+                model._lora = lora  # type: ignore[assignment]
+                model.diff_estimator.register_forward_pre_hook(self._guard(name))
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def _guard(self, name: str) -> Callable[..., None]:
+        def check(*_: Any) -> None:
+            if self._merged != name:
+                raise MetisError(f"another task's weights are folded in now; ask for task_model({name!r}) again")
+
+        return check
+
+    def _take_turn(self, name: str) -> None:
+        """Fold the LoRA weights of a large task model into the shared base, those of another one out of it."""
+        lora = getattr(self._task_models[name], "_lora", None)
+        shares = lora is not None or name == "base"
+        if not shares or self._merged == (name if lora else None):
+            return
+        if self._merged is not None:  # read again: taking a product off leaves rounding errors
+            fresh = dict(self.store.part("stage1").named_parameters())
+            for key, parameter in self.stage1.named_parameters():
+                if key.rpartition(".")[0].endswith(adapt.LORA_TARGETS):
+                    parameter.data.copy_(fresh[key])
+        self._merged = None
+        if lora:
+            adapt.fold_lora(self._task_models[name], lora)
+            self._merged = name
+
+    def _model_for(self, task: str) -> str:
+        """Whose weights do a task: its own, else Omni's (those that were asked for come first)."""
+        can_omni = task in TASKS["omni"].mixture
+        if task in self._asked or (not self._asked and task in self.tasks) or not can_omni:
+            return task
+        return "omni" if "omni" in self._asked or (not self._asked and "omni" in self.tasks) else task
+
+    # ------------------------------------------------------------------ tokenizers
 
     def _hear(self, source: Source, shortest: float, longest: float) -> Tensor:
         """Any source as mono 24 kHz ``[S]``."""
         return audio.load(source, AUDIO_RATE, min_seconds=shortest, max_seconds=longest)
 
+    def _hear_both(self, source: Source, shortest: float, longest: float) -> tuple[Tensor, Tensor]:
+        """Any source at 24 kHz and at 16 kHz.  As released, the latter comes from the source itself."""
+        wav = self._hear(source, shortest, longest)
+        if self.compat and not isinstance(source, Tensor):
+            return wav, audio.load(source, SSL_RATE)
+        return wav, audio.resample(wav, AUDIO_RATE, SSL_RATE)
+
     @torch.no_grad()
-    def features(self, wav_24k: Tensor) -> Tensor:
-        """Normalised SSL features ``[1, T, C]`` of 24 kHz samples ``[S]``."""
-        wav = audio.resample(wav_24k, AUDIO_RATE, SSL_RATE)
+    def features(self, wav: Tensor, sample_rate: int = AUDIO_RATE) -> Tensor:
+        """Normalised SSL features ``[1, T, C]`` fp32 of samples ``[S]``."""
+        wav = audio.resample(wav, sample_rate, SSL_RATE)
         feat, lengths = self.ssl.encode([wav.cpu()])  # filterbanks are float64, which not every device has
         return feat[:, : int(lengths[0])]
 
@@ -180,118 +296,346 @@ class Metis:
 
     def tokens(self, source: Source) -> dict[str, Tensor]:
         """Both token streams of a recording: ``ssl [T]`` and ``acoustic [T', Q]`` (T' may be T + 1)."""
-        wav = self._hear(source, SHORTEST_INPUT, LONGEST_INPUT)
+        wav = self._hear(source, SHORTEST_INPUT, LONGEST_SPOKEN)
         codes = self.acoustic.encode(wav[None].to(self.device))[0]
         return {"ssl": self.ssl_tokens(self.features(wav))[0], "acoustic": codes}
 
     def resynthesise(self, source: Source) -> Speech:
         """A recording through the acoustic codec and back, the same length: the ceiling of everything else."""
-        wav = self._hear(source, SHORTEST_INPUT, LONGEST_INPUT)
-        out = self.acoustic.decode(self.acoustic.encode(wav[None].to(self.device)))[0]
-        return self._speech(out, len(wav), {"task": "codec"})
+        wav = self._hear(source, SHORTEST_INPUT, LONGEST_SPOKEN)
+        codes = self.acoustic.encode(wav[None].to(self.device))
+        return self._speech(self.acoustic.decode(codes)[0], len(wav), {"task": "codec"})
 
-    def enhance(
-        self, source: Source, *, seed: int = 0, steps: int | None = None, temperature: float | None = None
-    ) -> Speech:
+    def voice(self, prompt: Source) -> Voice:
+        """A prompt of 0.5 to 20 s, encoded; one that was encoded lately is remembered.
+
+        Its streams are cut to the frames that both have.  As released they are not: there is one acoustic frame more.
+        """
+        wav, wav_16k = self._hear_both(prompt, SHORTEST_PROMPT, LONGEST_PROMPT)
+        return self.encode_voice(wav, wav_16k)
+
+    def encode_voice(self, wav_24k: Tensor, wav_16k: Tensor) -> Voice:
+        """:meth:`voice` of samples ``[S]`` at both rates."""
+        data = torch.cat([wav_24k, wav_16k]).numpy().tobytes()
+        key = hashlib.sha256(data + str((self.compat, id(self.semantic))).encode()).hexdigest()
+        if key not in self._voices:
+            tokens = self.ssl_tokens(self.features(wav_16k, SSL_RATE))[0]
+            codes = self.acoustic.encode(wav_24k[None].to(self.device))[0]
+            if not self.compat:
+                frames = min(len(tokens), len(codes), (len(wav_16k) - REACH) // HOP)
+                tokens, codes, wav_16k = tokens[:frames], codes[:frames], wav_16k[: frames * HOP]
+            while len(self._voices) >= 8:
+                del self._voices[next(iter(self._voices))]
+            self._voices[key] = Voice(wav_16k, tokens, codes)
+        return self._voices[key]
+
+    # ------------------------------------------------------------------ tasks
+
+    def enhance(self, source: Source, **options: Any) -> Speech:
         """Speech enhancement: the same words in the same voice without noise, room and band limit.
 
         Args:
-            source: path, :class:`Speech`, ``(array, rate)`` or a 24 kHz tensor; 0.2 to 60 s.
-            seed: the same seed gives the same samples.
-            steps, temperature: of stage 1 (defaults of the task).
+            source: path, :class:`Speech`, ``(array, rate)`` or a 24 kHz tensor; from 0.2 s.
+            options: see :meth:`generate`.
 
         Returns:
             24 kHz speech as long as the input.
         """
-        settings = self._settings("se", steps, None, temperature)
-        generator = torch.Generator().manual_seed(seed)
-        wav = self._hear(source, SHORTEST_INPUT, LONGEST_INPUT)
-        feat = self.features(wav)
-        none = torch.zeros(1, 0, dtype=torch.long, device=self.device)
-        trace = self.task_model("se").generate(
-            none, feat.shape[1], condition=feat, settings=settings, generator=generator, return_iterations=True
-        )
-        empty = none[..., None].expand(1, 0, self.acoustic.config.num_quantizers)
-        out = self._acoustics(trace, empty, none, generator)
-        return self._speech(out, len(wav), {"task": "se", "seed": seed, "steps": settings.steps})
+        return self.generate("se", [{"source": source}], **options)[0]
 
-    def speak(
-        self,
-        text: str,
-        *,
-        prompt: Source,
-        prompt_text: str,
-        language: str = "en",
-        seconds: float | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        cfg: float | None = None,
-        temperature: float | None = None,
-    ) -> Speech:
+    def speak(self, text: str, *, prompt: Source, prompt_text: str, language: str = "en", **options: Any) -> Speech:
         """Zero-shot text-to-speech: ``text`` in the voice of ``prompt``.
 
         Args:
-            text: what to say.
+            text: what to say; more than a quarter of a minute is said sentence by sentence.
             prompt: a recording of the voice, 0.5 to 20 s.
             prompt_text: what is said in it.
-            seconds: length of the result; without it, the prompt's speaking rate.
-            steps, cfg, temperature: of stage 1 (defaults of the task).
+            language: of both (``prompt_language`` for the prompt, if it is another).
+            options: ``seconds`` (length of the result), ``like`` (a recording as long as the result shall be); by
+                default the prompt's speaking rate.  More in :meth:`generate`.
 
         Raises:
             MetisError: nothing to say, unknown language, unusable prompt, or a length beyond a minute.
         """
-        settings = self._settings("tts", steps, cfg, temperature)
+        about = {key: options.pop(key) for key in ("seconds", "like", "prompt_language") if key in options}
+        item = {"text": text, "prompt": prompt, "prompt_text": prompt_text, "language": language}
+        return self.generate("tts", [item | about], **options)[0]
+
+    def convert(self, source: Source, *, prompt: Source, **options: Any) -> Speech:
+        """Voice conversion: the words of ``source`` in the voice of ``prompt``, as long as the source."""
+        return self.generate("vc", [{"source": source, "prompt": prompt}], **options)[0]
+
+    def extract(
+        self, source: Source, *, prompt: Source, text: str | None = None, prompt_text: str | None = None,
+        language: str = "en", **options: Any,
+    ) -> Speech:  # fmt: skip
+        """Target speaker extraction: of several voices in ``source``, that of ``prompt``.
+
+        Text-guided (Omni only): ``text`` is what that voice says, ``prompt_text`` what it says in the prompt.
+        """
+        item = {"source": source, "prompt": prompt}
+        if text is not None or prompt_text is not None:
+            item |= {"text": text or "", "prompt_text": prompt_text or "", "language": language}
+        return self.generate("tse", [item], **options)[0]
+
+    def voice_lips(self, video: Any, *, prompt: Source, **options: Any) -> Speech:
+        """Lip-to-speech: what silent lips say, in the voice of ``prompt``.
+
+        ``video``: a file at 25 fps with a face, or mouth crops uint8 ``[N, 96, 96]``.
+        """
+        return self.generate("l2s", [{"video": video, "prompt": prompt}], **options)[0]
+
+    def go_on(self, prompt: Source, *, seconds: float = 3.0, **options: Any) -> Speech:
+        """The pre-trained model alone: go on speaking after ``prompt``, with no condition (Metis section 3.2)."""
+        return self.generate("base", [{"prompt": prompt, "seconds": seconds}], **options)[0]
+
+    def generate(
+        self, task: str, items: Sequence[Mapping[str, Any]], *, seed: int = 0, return_iterations: bool = False,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """Do a task for many items, those of like kind and length together.
+
+        Args:
+            task: tts, vc, tse, se, l2s or base.
+            items: arguments of the task's own method, by name; ``seed`` of its own if an item has one.
+            seed: the same seed gives an item the same samples, alone or in any batch.
+            return_iterations: return pairs of the speech and how it was decided, ``{"ssl": trace, "acoustic":
+                [a trace a layer]}``.
+            options: ``steps``, ``cfg``, ``rescale``, ``temperature``, ``choice_temperature``, ``top_fraction`` or
+                ``top_k``, ``schedule`` of stage 1; the same with ``stage2_`` in front (``stage2_steps``: one number a
+                layer, 1 for the rest); ``batch_frames``.
+
+        Returns:
+            A list of 24 kHz :class:`Speech`.
+
+        Raises:
+            MetisError: of the first item that cannot be used; see the methods of the tasks.
+        """
+        settings = self.options(task, items[0] if items else {}, **options)
+        jobs = [self.job(task, {"seed": seed, **item}, settings) for item in items]
+        spoken = [self._finish(job) for job in self.run(jobs, settings)]
+        return spoken if return_iterations else [speech for speech, _ in spoken]
+
+    def options(self, task: str, item: Mapping[str, Any] | None = None, **given: Any) -> Options:
+        """The decoding options of a task, with what is ``given`` (see :meth:`generate`) instead of the defaults."""
+        if task not in SOURCES:
+            raise MetisError(f"unknown task {task!r}; choose one of {', '.join(SOURCES)}")
+        by_text = task == "tse" and bool((item or {}).get("text"))
+        decode = replace(TASKS[task].decode, cfg=2.5) if by_text else TASKS["tts" if task == "base" else task].decode
+        paper = self.compat or getattr(self.store, "config", None) == preset("paper")
+        return Options.of(decode, bool(self.compat), RELEASED_STEPS if paper else Options.stage2_steps, given)
+
+    def job(self, task: str, item: Mapping[str, Any], options: Options) -> Job:
+        """What has to be generated for one item of :meth:`generate`; MetisError where it cannot be used."""
+        item = dict(item)
+        seed = item.pop("seed", 0)
+        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {seed!r}")
+        needed, optional = SOURCES[task]
+        missing = [key for key in needed if item.get(key) is None]
+        unknown = sorted(set(item) - {*needed, *optional})
+        if missing or unknown:
+            what = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
+            raise MetisError(f"an item of the task {task} {what}; it takes {', '.join((*needed, *optional))}")
+        model = self._model_for(task)
+        if item.get("text") is not None and task == "tse":
+            model = "omni"
+        info = {"task": task, "by": model, "seed": seed, "steps": options.stage1.steps, "cfg": options.stage1.cfg}
         generator = torch.Generator().manual_seed(seed)
-        said, wanted = (self.phones.encode(words, language) for words in (prompt_text, text))
-        wav = self._hear(prompt, SHORTEST_PROMPT, LONGEST_PROMPT)
-        before = self.ssl_tokens(self.features(wav))
-        codes = self.acoustic.encode(wav[None].to(self.device))
-        start = min(before.shape[1], codes.shape[1])  # streams of one recording may differ by a frame
-        before, codes = before[:, :start], codes[:, :start]
-        frames = target_frames(start, len(said), len(wanted)) if seconds is None else round(seconds * FRAME_RATE)
-        if not 1 <= frames <= LONGEST_INPUT * FRAME_RATE:
-            raise MetisError(
-                f"cannot speak for {frames / FRAME_RATE:g} s; shorten the text or set seconds (0.02 to 60)"
-            )
-        said_ids, wanted_ids = (torch.tensor([ids], device=self.device) for ids in (said, wanted))
-        trace = self.task_model("tts").generate(
-            before,
-            frames,
-            phones=torch.cat([said_ids, wanted_ids], dim=1),
-            hint=torch.cat([stretch(said_ids, start), stretch(wanted_ids, frames)], dim=1),
-            settings=settings,
-            generator=generator,
-            return_iterations=True,
-        )
-        out = self._acoustics(trace, codes, before, generator)
-        info = {"task": "tts", "seed": seed, "steps": settings.steps, "cfg": settings.cfg, "text": text}
-        return self._speech(out, out.shape[-1], info)
+        make: Callable[..., Job] = getattr(self, f"_{task}")
+        with torch.no_grad():
+            return make(generator=generator, info=info, **item)
 
-    def _settings(self, name: str, steps: int | None, cfg: float | None, temperature: float | None) -> DecodeSettings:
-        given: dict[str, Any] = {"steps": steps, "cfg": cfg, "temperature": temperature}
-        if steps is not None and steps < 1:
-            raise MetisError(f"steps must be at least 1, not {steps}")
-        if any(value is not None and value < 0 for value in given.values()):
-            raise MetisError("cfg and temperature must not be negative")
-        return replace(task(name).decode, **{key: value for key, value in given.items() if value is not None})
+    def _se(self, source: Source, **more: Any) -> Job:
+        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_INPUT)
+        return self._heard(wav, wav_16k, None, **more)
 
-    def _acoustics(self, trace: MaskedTrace, codes: Tensor, before: Tensor, generator: torch.Generator) -> Tensor:
-        """Stage 2 and codec: samples ``[S]`` of the target after an acoustic prompt ``codes [1, P, Q]``."""
-        semantic = torch.cat([before, trace.tokens], dim=1)
-        traces: list[MaskedTrace] = []
-        first = self.stage2_layer1.generate(
-            semantic,
-            codes,
-            steps=STAGE2_STEPS[:1],
-            settings=replace(STAGE2, cfg=0.0),
-            generator=generator,
-            traces=traces,
-        )
-        rest = self.stage2_full.generate(
-            semantic, codes, first_layer=first, steps=STAGE2_STEPS, settings=STAGE2, generator=generator, traces=traces
-        )
-        self.traces = {"ssl": trace, "acoustic": traces}
-        return self.acoustic.decode(rest)[0]
+    def _vc(self, source: Source, prompt: Source, **more: Any) -> Job:
+        voice = self.voice(prompt)
+        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_INPUT)
+        return self._heard(wav, wav_16k, voice, **more)
+
+    def _tse(
+        self, source: Source, prompt: Source, text: str | None = None, prompt_text: str | None = None,
+        language: str = "en", **more: Any,
+    ) -> Job:  # fmt: skip
+        if text is None and prompt_text is None:
+            return self._vc(source, prompt, **more)
+        if not text or not prompt_text:
+            raise MetisError("text-guided extraction needs both text and prompt_text")
+        said, wanted = (self._phones(words, language) for words in (prompt_text, text))
+        voice = self.voice(prompt)
+        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_WHOLE)
+        return self._heard(wav, wav_16k, voice, texts=(said, wanted), **more)
+
+    def _heard(
+        self, wav: Tensor, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator, info: dict[str, Any],
+        texts: tuple[Tensor, Tensor] | None = None,
+    ) -> Job:  # fmt: skip
+        """A task whose condition is heard: features of prompt and source, in one pass."""
+        if len(wav_16k) < SHORTEST:
+            raise MetisError("the recording is too short for one token")
+        if len(wav) > LONGEST_WHOLE * AUDIO_RATE and not self.compat:
+            return Job([], len(wav), info, self._windows(wav_16k, voice, generator))
+        condition, frames = self._condition(wav_16k, voice)
+        more = {} if texts is None else self._texts(*texts, 0 if voice is None else len(voice.tokens), frames)
+        request = Request(frames, generator, voice, condition, **more)
+        return Job([request], None if self.compat else len(wav), info)
+
+    def _condition(self, wav_16k: Tensor, voice: Voice | None) -> tuple[Tensor, int]:
+        """Features ``[P+T, C]`` of prompt and source, and T."""
+        before, start = (wav_16k[:0], 0) if voice is None else (voice.wav_16k, len(voice.tokens))
+        condition = self.features(torch.cat([before, wav_16k]), SSL_RATE)[0]
+        return condition, len(condition) - start
+
+    def _windows(
+        self, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator
+    ) -> Generator[tuple[Request, int], Made | None, None]:
+        """Requests for windows of a long source; what was made of the last one is sent in.
+
+        Stage 1 hears windows that overlap, each cut in the middle of what it shares; stage 2 goes on from the end of
+        the window before, so that voice and phase run through.
+        """
+        total, first, cut = count_frames(len(wav_16k)), 0, 0
+        done: Made | None = None
+        while True:
+            last = min(first + WINDOW, total)
+            piece = wav_16k[HOP * first : HOP * last + REACH]
+            condition, frames = self._condition(piece, voice)
+            request = Request(
+                frames, generator, voice, condition, skip=cut - first,
+                carry=None if done is None else (done.tokens[-CARRY:], done.codes[-CARRY:]),
+            )  # fmt: skip
+            after = first + WINDOW - OVERLAP
+            end = last if last == total else after + OVERLAP // 2
+            done = yield request, end - cut
+            if last == total:
+                return
+            first, cut = after, end
+
+    def _phones(self, text: str, language: str) -> Tensor:
+        return torch.tensor(self.phones.encode(text, language), device=self.device)
+
+    def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int) -> dict[str, Tensor]:
+        """Phones of prompt and text, and stretched over the frames."""
+        hint = [stretch(said[None], start)[0], stretch(wanted[None], frames)[0]]
+        return {"phones": torch.cat([said, wanted]), "hint": torch.cat(hint)}
+
+    def _tts(
+        self, text: str, prompt: Source, prompt_text: str, generator: torch.Generator, info: dict[str, Any],
+        language: str = "en", prompt_language: str | None = None, seconds: float | None = None,
+        like: Source | None = None,
+    ) -> Job:  # fmt: skip
+        said, wanted = self._phones(prompt_text, prompt_language or language), self._phones(text, language)
+        voice = self.voice(prompt)
+        start = len(voice.tokens)
+        if like is not None:
+            seconds = len(self._hear(like, 0.02, LONGEST_SPOKEN)) / AUDIO_RATE
+
+        def length(words: str, phones: Tensor) -> int:
+            if seconds is not None:
+                return int(seconds * FRAME_RATE) if self.compat else round(seconds * FRAME_RATE)
+            if self.compat or self.phones.size > 512:  # the released table
+                return byte_rule(start, prompt_text, words)
+            return target_frames(start, len(said), len(phones))
+
+        parts = [(text, wanted)]
+        if seconds is None and not self.compat and length(text, wanted) > SAID_AT_ONCE * FRAME_RATE:
+            parts = [(words, self._phones(words, language)) for words in self._gather(text, language, length)]
+        requests = []
+        for words, phones in parts:
+            frames = length(words, phones)
+            if not 1 <= frames <= LONGEST_SPOKEN * FRAME_RATE:
+                raise MetisError(
+                    f"cannot speak for {frames / FRAME_RATE:g} s; shorten the text or set seconds (0.02 to 60)"
+                )
+            requests.append(Request(frames, generator, voice, **self._texts(said, phones, start, frames)))
+            generator = torch.Generator().manual_seed(generator.initial_seed() + 1)
+        return Job(requests, None, info | {"text": text})
+
+    def _gather(self, text: str, language: str, length: Callable[[str, Tensor], int]) -> list[str]:
+        """Sentences of a text, as many together as are said in ``SAID_AT_ONCE``."""
+        groups: list[str] = []
+        for sentence in sentences(text, language):
+            if not any(character.isalnum() for character in sentence):
+                continue
+            both = f"{groups[-1]} {sentence}" if groups else sentence
+            if groups and length(both, self._phones(both, language)) <= SAID_AT_ONCE * FRAME_RATE:
+                groups[-1] = both
+            else:
+                groups.append(sentence)
+        return groups
+
+    def _l2s(self, video: Any, prompt: Source, generator: torch.Generator, info: dict[str, Any]) -> Job:
+        voice = self.voice(prompt)
+        seen = self.lip_features(video)
+        if len(seen) > LONGEST_SPOKEN * FRAME_RATE:
+            raise MetisError(f"the video has {len(seen) / FRAME_RATE:g} s; at most {LONGEST_SPOKEN:g} s, cut it first")
+        nothing = seen.new_zeros(len(voice.tokens), seen.shape[1])  # nothing is seen of the prompt
+        return Job([Request(len(seen), generator, voice, torch.cat([nothing, seen]))], None, info)
+
+    def lip_features(self, video: Any) -> Tensor:
+        """Features ``[2N, C]`` at 50 Hz of N pictures: a file, or mouth crops uint8 ``[N, 96, 96]``."""
+        if isinstance(video, (str, Path)):
+            from metis_lib.data.video import read_lips
+
+            video = read_lips(video)
+        crops = torch.as_tensor(video)
+        if crops.dim() != 3 or crops.dtype != torch.uint8:
+            raise MetisError(f"mouth crops must be uint8 [N, 96, 96], got {crops.dtype} {tuple(crops.shape)}")
+        return upsample(self.lips(crops[None].to(self.device)))[0]
+
+    def _base(self, prompt: Source, generator: torch.Generator, info: dict[str, Any], seconds: float = 3.0) -> Job:
+        if not 0.02 <= seconds <= LONGEST_SPOKEN:
+            raise MetisError(f"cannot go on for {seconds:g} s; seconds lie in 0.02..{LONGEST_SPOKEN:g}")
+        return Job([Request(round(seconds * FRAME_RATE), generator, self.voice(prompt))], None, info)
+
+    # ------------------------------------------------------------------ generation
+
+    @torch.no_grad()
+    def run(self, jobs: Sequence[Job], options: Options, *, noise: Noise | None = None) -> Sequence[Job]:
+        """Generate what jobs ask for, in batches; sources in windows one after the other."""
+        for model in dict.fromkeys(job.info["by"] for job in jobs):
+            mine = [job for job in jobs if job.info["by"] == model]
+            stage1 = self.task_model(model)
+
+            def make(requests: list[Request], stage1: Stage1 = stage1) -> list[Made]:
+                return run(stage1, self.stage2_layer1, self.stage2_full, requests, options, noise=noise)
+
+            short = [(job, request) for job in mine for request in job.requests]
+            results: dict[int, Made] = {}
+            limit = 1 if options.released else options.batch_frames  # as released: one by one
+            for batch in batches([request for _, request in short], limit):
+                results |= dict(zip(batch, make([short[i][1] for i in batch]), strict=True))
+            for i, (job, _) in enumerate(short):
+                job.made.append(results[i])
+            for job in mine:
+                done: Made | None = None
+                while job.windows is not None:
+                    try:
+                        request, count = job.windows.send(done)
+                    except StopIteration:
+                        break
+                    found = make([request])[0]
+                    done = Made(found.tokens[:count], found.codes[:count], found.traces)
+                    if job.made:
+                        job.made[-1].traces = {}
+                    job.made.append(done)
+        return jobs
+
+    @torch.no_grad()
+    def _finish(self, job: Job) -> tuple[Speech, dict[str, Any]]:
+        """The speech of a job that was run, and how it was decided."""
+        if job.windows is not None:
+            codes = [torch.cat([made.codes for made in job.made])]
+        else:
+            codes = [made.codes for made in job.made]
+        waves = [self.acoustic_decoder.decode_long(part)[0].float().cpu() for part in (c[None] for c in codes)]
+        pause = torch.zeros(round(PAUSE * AUDIO_RATE))
+        wav = torch.cat([piece for part in waves for piece in (part, pause)][:-1])
+        self.traces = job.made[-1].traces
+        length = len(wav) if job.samples is None else job.samples
+        return self._speech(wav, length, job.info), self.traces
 
     def _speech(self, wav: Tensor, length: int, info: dict[str, Any]) -> Speech:
         """Samples cut or padded with zeros to ``length``."""

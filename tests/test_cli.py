@@ -29,7 +29,7 @@ COMMANDS = [
     "train finetune",
     "train queue",
     "bench train",
-    "checkpoint inspect",
+    *(f"checkpoint {name}" for name in cli.CHECKPOINT),
     "doctor",
     "lab",
     "generate se",

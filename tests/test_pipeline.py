@@ -69,6 +69,37 @@ def test_traces_show_every_iteration(debug):
     assert (trace.masks.sum((1, 2)).diff() <= 0).all() and len(debug.traces["acoustic"]) == 12
 
 
+def test_every_task_speaks(debug):
+    """All flows with random weights: lengths, and the way into each."""
+    wav, voice, crops = hum(1.2), hum(1.0), torch.randint(0, 255, (20, 96, 96), dtype=torch.uint8)
+    few = {"steps": 2, "stage2_steps": (2, 1)}
+    assert len(debug.convert(wav, prompt=voice, **few)) == len(wav)
+    assert len(debug.extract(wav, prompt=voice, **few)) == len(wav)
+    told = debug.extract(wav, prompt=voice, text="Hello.", prompt_text="Good morning.", **few)
+    assert len(told) == len(wav) and told.info["by"] == "omni" and told.info["cfg"] == 2.5
+    assert debug.voice_lips(crops, prompt=voice, **few).seconds == pytest.approx(0.8)
+    assert debug.go_on(voice, seconds=0.7, **few).seconds == pytest.approx(0.7)
+    speech, traces = debug.generate("se", [{"source": wav}], return_iterations=True, **few)[0]
+    assert len(traces["ssl"].sequences) == 2 and len(traces["acoustic"]) == 12 and len(speech) == len(wav)
+
+
+def test_options_change_the_decoding(debug):
+    wav = hum(1.0)
+
+    def decided(**options):
+        trace = debug.generate("se", [{"source": wav}], steps=6, return_iterations=True, **options)[0][1]
+        return trace["ssl"].sequences, trace["ssl"].masks, trace["acoustic"][0].sequences
+
+    first = decided()
+    for option in ({"schedule": "linear"}, {"top_k": 20}, {"choice_temperature": 0.0}, {"stage2_steps": (3,)}):
+        same = [a.shape == b.shape and torch.equal(a, b) for a, b in zip(decided(**option), first, strict=True)]
+        assert not all(same), option
+    assert len(debug.speak("Hi.", prompt=wav, prompt_text="Hi there.", like=hum(0.7), steps=1)) == 24_000 * 0.7
+    trace = debug.generate("se", [{"source": wav}], steps=4, schedule="linear", return_iterations=True)[0][1]["ssl"]
+    frames = trace.tokens.shape[1]
+    assert trace.masks.sum((1, 2)).tolist() == [int(frames * left / 4) for left in (3, 2, 1, 0)]
+
+
 def test_tokens_of_a_recording(nano, voice):
     streams = nano.tokens(voice)
     seconds = audio.read(voice, 24_000).shape[0] / 24_000
@@ -82,7 +113,23 @@ def test_tokens_of_a_recording(nano, voice):
         (lambda m: m.enhance(torch.zeros(24_000)), "silent"),
         (lambda m: m.enhance(torch.full((24_000,), torch.nan)), "NaN"),
         (lambda m: m.enhance(hum(0.1)), "0.2"),
-        (lambda m: m.enhance(hum(61)), "60"),
+        (lambda m: m.enhance((hum(1), 1)), "3600"),
+        (lambda m: m.enhance(hum(1), speed=2), "unknown option 'speed'"),
+        (lambda m: m.enhance(hum(1), schedule="zigzag"), "schedule"),
+        (lambda m: m.enhance(hum(1), top_k=0), "top_k"),
+        (lambda m: m.enhance(hum(1), cfg=-1), "cfg"),
+        (lambda m: m.enhance(hum(1), seed=-1), "seed"),
+        (lambda m: m.convert(hum(1), prompt=hum(21)), "20"),
+        (lambda m: m.extract(hum(1), prompt=hum(1), text="Hello."), "prompt_text"),
+        (lambda m: m.voice_lips(torch.zeros(5, 96, 96), prompt=hum(1)), "uint8"),
+        (lambda m: m.voice_lips("nowhere.mp4", prompt=hum(1)), "nowhere.mp4"),
+        (lambda m: m.go_on(hum(1), seconds=0), "seconds"),
+        (lambda m: m.generate("sing", [{}]), "sing"),
+        (lambda m: m.generate("vc", [{"source": hum(1)}]), "lacks 'prompt'"),
+        (lambda m: m.generate("se", [{"source": hum(1), "pitch": 2}]), "unknown 'pitch'"),
+        (lambda m: Metis.from_pretrained("debug", dtype="int8"), "dtype"),
+        (lambda m: Metis.from_pretrained("debug", compat="2024"), "compat"),
+        (lambda m: Metis.from_pretrained("debug", task="sing"), "sing"),
         (lambda m: m.enhance(hum(1), steps=0), "steps"),
         (lambda m: m.speak("", prompt=hum(1), prompt_text="Good morning."), "nothing to say"),
         (lambda m: m.speak("...", prompt=hum(1), prompt_text="Good morning."), "nothing to say"),

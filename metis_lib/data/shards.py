@@ -17,7 +17,7 @@ import platform
 import re
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -31,23 +31,19 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from metis_lib import audio, config
-from metis_lib.checkpoints import fill, load_config_and_card, load_state, locate, sha256, system_hash
+from metis_lib.checkpoints import load_config_and_card, locate, sha256, system_hash
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.store import Row, read_manifest
 from metis_lib.errors import MetisError
-from metis_lib.tokenizers.acoustic import AcousticCodec
-from metis_lib.tokenizers.semantic import SemanticCodec
-from metis_lib.tokenizers.ssl import SSLEncoder, fbank
+from metis_lib.tokenizers.ssl import fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
 
 LIMITS = {"min_seconds": 0.2, "max_seconds": 60.0}
 """Durations taken, as in the pipeline."""
 AGAIN = "is missing or damaged; delete what is left of it and run `metis prepare tokens` again"
-_PARTS: dict[str, tuple[Any, Any]] = {
-    "ssl": (config.SSLConfig, SSLEncoder),
-    "semantic_codec": (config.SemanticCodecConfig, SemanticCodec),
-    "acoustic_codec": (config.AcousticCodecConfig, AcousticCodec),
-}
+_PARTS = {
+    "ssl": config.SSLConfig, "semantic_codec": config.SemanticCodecConfig, "acoustic_codec": config.AcousticCodecConfig
+}  # fmt: skip
 _HOST = re.sub(r"\W", "-", platform.node())
 
 
@@ -150,16 +146,12 @@ def _batches(rows: Sequence[Row], seconds: float) -> list[list[int]]:
     return out
 
 
-def _load(system: str, configs: dict[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The tokenizers, ready to use; those of ``debug`` have the random weights that its pipeline has."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        models: dict[str, Any] = {part: _PARTS[part][1](values) for part, values in configs.items()}
-    for part, model in models.items() if system != "debug" else ():
-        fill(model, load_state(locate(system) / part), part)
-        if part == "ssl":
-            model.set_stats(**load_state(locate(system) / part, "stats"))
-    return {part: model.to(device, dtype).eval() for part, model in models.items()}
+def _load(system: str, parts: Iterable[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The tokenizers, ready to use."""
+    from metis_lib.stores import Folder, Random
+
+    store: Any = Random(system) if system == "debug" else Folder(system)
+    return {part: store.part(part.removesuffix("_codec")).to(device, dtype) for part in parts}
 
 
 @torch.no_grad()
@@ -294,7 +286,7 @@ def tokenise(
         configs = {part: getattr(config.preset(system), part.removesuffix("_codec")) for part in parts}
         weights = {"debug": "random"}
     else:
-        configs = {part: load_config_and_card(locate(system) / part, _PARTS[part][0])[0] for part in parts}
+        configs = {part: load_config_and_card(locate(system) / part, _PARTS[part])[0] for part in parts}
         weights = {part: system_hash(locate(system) / part) for part in parts}
     lines = [json.dumps(_given(row), sort_keys=True) for row in rows]
     settings = {

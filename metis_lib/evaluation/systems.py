@@ -25,7 +25,9 @@ from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
 from metis_lib.pipeline import Metis
 
-_MODEL_CODE = ("audio.py", "config.py", "pipeline.py", "checkpoints.py", "models", "tokenizers", "tasks")
+_MODEL_CODE = (
+    "audio.py", "config.py", "pipeline.py", "generation.py", "stores.py", "checkpoints.py", "models", "tokenizers", "tasks"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

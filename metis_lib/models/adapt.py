@@ -72,6 +72,41 @@ def load_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)
 
 
+def check_lora(model: nn.Module, state: dict[str, Tensor]) -> int:
+    """The rank of LoRA weights named as by :func:`lora_state`; MetisError where they do not fit ``model``."""
+    linear = {f"model.{name}": m for name, m in model.named_modules() if name.endswith(LORA_TARGETS)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    rank = next((len(value) for key, value in state.items() if ".lora_A." in key), 0)
+    for name, layer in linear.items():
+        shapes[f"{name}.lora_A.default.weight"] = (rank, layer.in_features)
+        shapes[f"{name}.lora_B.default.weight"] = (layer.out_features, rank)
+    have = {key: tuple(value.shape) for key, value in state.items()}
+    wrong = sorted(key for key in have.keys() | shapes.keys() if have.get(key) != shapes.get(key))
+    if wrong:
+        key = wrong[0]
+        raise MetisError(
+            f"LoRA weights do not fit this model: {len(wrong)} keys differ, the first is {key} "
+            f"(model {shapes.get(key, 'lacks it')}, weights {have.get(key, 'lack it')})"
+        )
+    return rank
+
+
+def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False, scale: float = 2.0) -> None:
+    """Add ``scale * B A`` (alpha is twice the rank) to the weights of ``model``, in place or to copies of them.
+
+    ``state`` is named as by :func:`lora_state`; the product is computed in fp32.
+    """
+    for key in (key for key in state if ".lora_A." in key):
+        layer = model.get_submodule(key.removeprefix("model.").partition(".lora_A.")[0])
+        weight = layer.weight.data
+        down, up = (state[k].to(weight.device).float() for k in (key, key.replace(".lora_A.", ".lora_B.")))
+        folded = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + scale * (up @ down)).to(weight.dtype)
+        if copy:
+            layer.weight = nn.Parameter(folded, requires_grad=False)
+        else:
+            weight.copy_(folded)
+
+
 def merge_lora(model: nn.Module) -> None:
     """Fold LoRA into the base weights (``W + alpha / rank * B A``) and take its layers out, in place."""
     for name, module in lora_layers(model).items():

@@ -7,13 +7,14 @@ the released code.  Randomness comes from a ``torch.Generator`` or from a ``nois
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from metis_lib.config import DecodeSettings
+from metis_lib.errors import MetisError
 
 Noise = Callable[[tuple[int, ...]], Tensor]
 Predict = Callable[[Tensor, Tensor, float], Tensor]
@@ -24,10 +25,25 @@ def mask_ratio(t: Tensor) -> Tensor:
     return torch.sin(t * math.pi / 2)
 
 
-def still_masked(step: int, steps: int, lengths: Tensor) -> Tensor:
-    """How many of ``lengths [B]`` tokens stay masked after ``step`` (0-based) of ``steps``; ``[B]`` int64."""
+SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
+    "cosine": lambda t: torch.sin(math.pi / 2 * t),
+    "linear": lambda t: t,
+    "square": lambda t: 1 - (1 - t) ** 2,
+    "cubic": lambda t: 1 - (1 - t) ** 3,
+    "sqrt": lambda t: 1 - (1 - t).sqrt(),
+}
+"""Share of tokens still masked at time ``t``, by the names of MaskGIT (arXiv 2202.04200, section 3.3, of 1 - t)."""
+
+
+def still_masked(step: int, steps: int, lengths: Tensor, schedule: str = "cosine") -> Tensor:
+    """How many of ``lengths [B]`` tokens stay masked after ``step`` (0-based) of ``steps``; ``[B]`` int64.
+
+    ``schedule`` is a key of :data:`SCHEDULES`; the published one is ``cosine``, of progress ``1 - t``: sin(pi t / 2).
+    """
+    if schedule not in SCHEDULES:
+        raise MetisError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     t = torch.tensor(1 - (step + 1) / steps if step + 1 < steps else 0.0, device=lengths.device)
-    return (torch.sin(math.pi / 2 * t) * lengths).long()
+    return (SCHEDULES[schedule](t) * lengths).long()
 
 
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -37,9 +53,41 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     return -torch.log(-torch.log(u + 1e-10) + 1e-10).to(device)
 
 
-def keep_top(logits: Tensor, fraction: float) -> Tensor:
-    """All but the highest ``ceil(fraction * V)`` logits of the last axis become ``-inf``."""
-    k = max(1, math.ceil(fraction * logits.shape[-1]))
+def noise_from(
+    generator: torch.Generator | Sequence[torch.Generator] | None, lengths: Tensor, device: torch.device
+) -> Noise:
+    """Gumbel noise for one decoding of utterances of ``lengths [B]``.
+
+    One generator is drawn from for the whole batch (as released).  A sequence has one an utterance: each gets the
+    noise that it would get alone, whatever else is in the batch and however long that is.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return lambda shape: gumbel(shape, generator, device)
+    # An utterance that is done earlier than the batch draws more here than alone: the draws get a generator of
+    # their own, and what comes after them is the same.
+    own = [torch.Generator(g.device).manual_seed(int(torch.randint(2**62, (1,), generator=g))) for g in generator]
+    sizes = lengths.tolist()
+
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        rows = [gumbel((n, *shape[2:]), g, device) for n, g in zip(sizes, own, strict=True)]
+        return rows[0][None] if len(rows) == 1 else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+    return draw
+
+
+def exists(lengths: Tensor, horizon: int) -> Tensor:
+    """True where utterances of ``lengths [B]`` have a frame: ``[B, horizon]``."""
+    return torch.arange(horizon, device=lengths.device)[None] < lengths[:, None]
+
+
+def places(mask: Tensor | None) -> Tensor | None:
+    """Position of each frame ``[B, T]`` among those of its utterance that exist, as if there were no padding."""
+    return None if mask is None else (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def keep_top(logits: Tensor, fraction: float, count: int | None = None) -> Tensor:
+    """All but the highest ``count`` or ``ceil(fraction * V)`` logits of the last axis become ``-inf``."""
+    k = min(count or max(1, math.ceil(fraction * logits.shape[-1])), logits.shape[-1])
     values, indices = logits.topk(k, dim=-1)
     return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
 
@@ -54,6 +102,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float, mask: Tens
         mask: ``[B, T]`` True where a frame exists.  Each utterance has a deviation of its own, so a
             batch equals its items (the released code takes one over the whole batch).
     """
+    cond, uncond = (x if x.dtype == torch.float64 else x.float() for x in (cond, uncond))
     out = cond + scale * (cond - uncond)
     rescaled = out * deviation(cond, mask) / deviation(out, mask)
     return rescale * rescaled + (1 - rescale) * out
@@ -80,6 +129,12 @@ class MaskedTrace:
     sequences: Tensor
     masks: Tensor
 
+    def item(self, i: int, length: int) -> MaskedTrace:
+        """Utterance ``i`` of ``length`` tokens alone."""
+        return MaskedTrace(
+            self.tokens[i : i + 1, :length], self.sequences[:, i : i + 1, :length], self.masks[:, i : i + 1, :length]
+        )
+
 
 def decode(predict: Predict, lengths: Tensor, settings: DecodeSettings, *, noise: Noise) -> MaskedTrace:
     """Fill a fully masked sequence in ``settings.steps`` steps, most confident tokens first.
@@ -94,13 +149,12 @@ def decode(predict: Predict, lengths: Tensor, settings: DecodeSettings, *, noise
     steps is greedy, a single step samples at temperature 0.2 (as released).
     """
     device, steps, horizon = lengths.device, settings.steps, int(lengths.max())
-    exists = torch.arange(horizon, device=device)[None] < lengths[:, None]
-    tokens = torch.zeros(exists.shape, dtype=torch.long, device=device)
-    masked = exists.clone()
+    masked = exists(lengths, horizon)
+    tokens = torch.zeros(masked.shape, dtype=torch.long, device=device)
     sequences, masks = [], []
     for step in range(steps):
         t = 1 - step / steps
-        logits = keep_top(predict(tokens, masked, t).float(), settings.top_fraction)
+        logits = keep_top(predict(tokens, masked, t).float(), settings.top_fraction, settings.top_k)
         if steps > 1 and step == steps - 1:
             chosen = logits.argmax(dim=-1)
         else:
@@ -110,7 +164,7 @@ def decode(predict: Predict, lengths: Tensor, settings: DecodeSettings, *, noise
         confidence = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
         confidence = confidence + settings.choice_temperature * t * noise(tuple(confidence.shape))
         sequences.append(tokens)
-        count = still_masked(step, steps, lengths)
+        count = still_masked(step, steps, lengths, settings.schedule)
         if int(count.max()) == 0:
             masks.append(torch.zeros_like(masked))
             break

@@ -7,6 +7,8 @@ over prompt and target.  State-dict names are those of the released ``MetisStage
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -138,11 +140,13 @@ class Stage1(nn.Module):
         prompt: Tensor,
         target_len: int | Tensor,
         *,
+        prompt_lengths: Tensor | None = None,
         phones: Tensor | None = None,
+        phone_lengths: Tensor | None = None,
         condition: Tensor | None = None,
         hint: Tensor | None = None,
         settings: DecodeSettings | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: masked.Noise | None = None,
         return_iterations: bool = False,
     ) -> Tensor | masked.MaskedTrace:
@@ -151,11 +155,13 @@ class Stage1(nn.Module):
         Args:
             prompt: ``[B, P]`` int64, P may be 0.
             target_len: frames to generate, one number or ``[B]``.
-            phones: ``[B, L]`` phones of prompt text and text.
-            condition: ``[B, P+T, C]`` frame-level condition over prompt and target.
+            prompt_lengths: ``[B]`` frames of each prompt, all P if absent; what lies beyond changes nothing.
+            phones: ``[B, L]`` phones of prompt text and text; ``phone_lengths [B]`` as for prompts.
+            condition: ``[B, P+T, C]`` frame-level condition, the prompt's in the first P rows.
             hint: ``[B, P+T]`` frame-level phones (models with a text hint).
             settings: see :class:`DecodeSettings`.  Guidance drops prompt, phones and hint and keeps the
                 frame-level condition (as released); without any of those three it is skipped, being the identity.
+            generator: of the noise; one an utterance makes a batch equal to its items (see ``masked.noise_from``).
             noise: replaces the Gumbel noise drawn from ``generator``.
 
         Returns:
@@ -165,29 +171,34 @@ class Stage1(nn.Module):
         device = prompt.device
         batch, start = prompt.shape
         lengths = torch.as_tensor(target_len, device=device).expand(batch)
-        horizon = int(lengths.max())
-        exists = torch.arange(horizon, device=device)[None] < lengths[:, None]
-        whole = None if bool(exists.all()) else torch.cat([exists.new_ones(batch, start), exists], dim=1)
-        drop = None if whole is None else exists
+        there = masked.exists(lengths, int(lengths.max()))
+        given = there.new_ones(batch, start) if prompt_lengths is None else masked.exists(prompt_lengths, start)
+        said = there[:, :0]
         added = self.condition_embedding(condition, hint)
         kept = self.condition_embedding(condition, None)
-        prompt_rows = self.embed(prompt, torch.zeros_like(prompt, dtype=torch.bool))
+        before = self.embed(prompt, torch.zeros_like(prompt, dtype=torch.bool))
         if isinstance(added, Tensor):
-            prompt_rows = prompt_rows + added[:, :start]
+            before = before + added[:, :start]
             added = added[:, start:]
             kept = kept[:, start:] if isinstance(kept, Tensor) else kept
-        guided = settings.cfg > 0 and (start > 0 or phones is not None)
+        if phones is not None:
+            before = torch.cat([self.diff_estimator.cond_mlp(self.phone_emb(phones)), before], dim=1)
+            count = torch.full_like(lengths, phones.shape[1]) if phone_lengths is None else phone_lengths
+            said = masked.exists(count, phones.shape[1])
+        mask = torch.cat([said, given, there], dim=1)
+        whole = (None, None) if bool(mask.all()) else (mask, masked.places(mask))
+        alone = None if bool(there.all()) else there
+        guided = settings.cfg > 0 and (before.shape[1] > 0 or settings.guide_always)
 
         def predict(tokens: Tensor, is_masked: Tensor, t: float) -> Tensor:
             time = torch.full((batch,), t, device=device)
             rows = self.embed(tokens, is_masked)
-            x = torch.cat([prompt_rows, rows + added], dim=1)
-            out = self.hidden(x, time, phones=phones, mask=whole)[:, start:]
+            out = self.diff_estimator(torch.cat([before, rows + added], dim=1), time, *whole)[:, before.shape[1] :]
             if guided:
-                free = self.hidden(rows + kept, time, mask=drop)
-                out = masked.guide(out, free, settings.cfg, settings.rescale, drop)
-            return self.to_logit(out)
+                free = self.diff_estimator(rows + kept, time, alone)
+                out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
+            return self.to_logit(out.to(self.to_logit.weight.dtype))
 
-        noise = noise or (lambda shape: masked.gumbel(shape, generator, device))
+        noise = noise or masked.noise_from(generator, lengths, device)
         trace = masked.decode(predict, lengths, settings, noise=noise)
         return trace if return_iterations else trace.tokens

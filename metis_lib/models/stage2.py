@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metis_lib.config import DecodeSettings, Stage2Config
+from metis_lib.errors import MetisError
 from metis_lib.models import masked
 from metis_lib.models.transformer import MaskedTransformer, initialise_mlp
 
@@ -107,22 +108,27 @@ class Stage2(nn.Module):
         semantic: Tensor,
         prompt: Tensor,
         *,
+        prompt_lengths: Tensor | None = None,
+        lengths: Tensor | None = None,
         first_layer: Tensor | None = None,
         steps: Sequence[int] = (40,),
         settings: DecodeSettings | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         noise: masked.Noise | None = None,
         traces: list[masked.MaskedTrace] | None = None,
     ) -> Tensor:
         """Generate acoustic codes after an acoustic prompt.
 
         Args:
-            semantic: ``[B, P+T]`` SSL tokens of prompt and target.
+            semantic: ``[B, P+T]`` SSL tokens, the prompt's in the first P columns.
             prompt: ``[B, P, Q]`` acoustic codes, P may be 0; a model for layer 1 uses only that.
+            prompt_lengths, lengths: ``[B]`` frames of each prompt and target, all if absent; what lies beyond
+                changes nothing.
             first_layer: ``[B, T, 1]`` codes of layer 1, for the model of the other layers.
             steps: decoding steps of each layer (an entry for a given layer 1 is passed over).
             settings: temperatures and guidance; its ``steps`` are replaced by the list.  Guidance drops the
                 prompt and keeps the semantic condition, so without a prompt it is skipped, being the identity.
+            generator, noise: as in :meth:`Stage1.generate`.
             traces: filled with one trace a generated layer.
 
         Returns:
@@ -133,14 +139,20 @@ class Stage2(nn.Module):
         batch, start = prompt.shape[:2]
         frames = semantic.shape[1] - start
         count = self.config.num_quantizers
-        lengths = torch.full((batch,), frames, device=device)
+        if len(steps) < count:
+            raise MetisError(f"stage 2 needs the steps of {count} layers, got {len(steps)}")
+        lengths = torch.full((batch,), frames, device=device) if lengths is None else lengths
+        there = masked.exists(lengths, frames)
+        given = there.new_ones(batch, start) if prompt_lengths is None else masked.exists(prompt_lengths, start)
+        mask = torch.cat([given, there], dim=1)
+        whole = (None, None) if bool(mask.all()) else (mask, masked.places(mask))
+        alone = None if bool(there.all()) else there
         codes = torch.zeros(batch, start + frames, count, dtype=torch.long, device=device)
         codes[:, :start] = prompt[..., :count]
         if first_layer is not None:
             codes[:, start:, :1] = first_layer
         in_prompt = (torch.arange(start + frames, device=device) < start).expand(batch, -1)
-        noise = noise or (lambda shape: masked.gumbel(shape, generator, device))
-        guided = settings.cfg > 0 and start > 0
+        guided = settings.cfg > 0 and (start > 0 or settings.guide_always)
         for layer in range(self.first_layer, count):
             fixed = self.context(codes, layer, in_prompt) + self.condition(semantic, layer)
             prompt_rows = fixed[:, :start] + self.embed_layer(layer, codes[:, :start, layer])
@@ -157,12 +169,15 @@ class Stage2(nn.Module):
                 time = torch.full((batch,), t, device=device)
                 own = self.embed_layer(layer, tokens)
                 rows = target_rows + torch.where(is_masked[..., None], self.mask_emb.weight[0], own)
-                out = self.diff_estimator(torch.cat([prompt_rows, rows], dim=1), time)[:, start:]
+                out = self.diff_estimator(torch.cat([prompt_rows, rows], dim=1), time, *whole)[:, start:]
                 if guided:
-                    out = masked.guide(out, self.diff_estimator(rows, time), settings.cfg, settings.rescale)
-                return self.to_logits[layer](out)
+                    free = self.diff_estimator(rows, time, alone)
+                    out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
+                logits = self.to_logits[layer]
+                return logits(out.to(logits.weight.dtype))
 
-            trace = masked.decode(predict, lengths, replace(settings, steps=steps[layer]), noise=noise)
+            drawn = noise or masked.noise_from(generator, lengths, device)
+            trace = masked.decode(predict, lengths, replace(settings, steps=steps[layer]), noise=drawn)
             codes[:, start:, layer] = trace.tokens
             if traces is not None:
                 traces.append(trace)

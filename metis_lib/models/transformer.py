@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         """``x [B, T, H]``; ``mask [B, 1, 1, T]`` True where a key may be seen."""
-        cos, sin = rotary
+        cos, sin = rotary  # [T, D], or [B, 1, T, D]
         split = (*x.shape[:2], self.heads, -1)
         q, k, v = (p(x).view(split).transpose(1, 2).contiguous() for p in (self.q_proj, self.k_proj, self.v_proj))
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
@@ -154,16 +154,19 @@ class MaskedTransformer(nn.Module):
         for net in [self.diff_step_mlp] + ([self.cond_mlp] if cond_mlp else []):
             initialise_mlp(net)
 
-    def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         """Run the layers.
 
         Args:
-            x: ``[B, T, H]`` embeddings.
+            x: ``[B, T, H]`` embeddings; the residual stream is kept in fp32 where the weights are bf16.
             t: ``[B]`` times in [0, 1]; 1 means that everything is masked.
             mask: ``[B, T]`` True where a position exists; ``None`` when all do.
+            positions: ``[B, T]`` int64 where the rows are not simply one after the other (see ``masked.places``).
         """
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         time = self.diff_step_mlp(sinusoidal_embedding(t, x.shape[-1]).to(self.diff_step_mlp[0].weight.dtype))
-        rotary = rotary_table(torch.arange(x.shape[1], device=x.device), self.head_dim)
+        place = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None]
+        rotary = rotary_table(place, self.head_dim)
         keys = None if mask is None else mask.bool()[:, None, None, :]
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:

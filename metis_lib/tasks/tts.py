@@ -17,3 +17,8 @@ TTS = Task(
 def target_frames(prompt_frames: int, prompt_units: int, units: int, *, shortest: int = 25) -> int:
     """Length of the target at the prompt's speaking rate: frames scaled by the number of units (phones)."""
     return max(shortest, round(prompt_frames * units / max(prompt_units, 1)))
+
+
+def byte_rule(prompt_frames: int, prompt_text: str, text: str) -> int:
+    """Length of the target by the released code: frames scaled by the number of UTF-8 bytes, rounded down."""
+    return prompt_frames * len(text.encode()) // max(len(prompt_text.encode()), 1)

@@ -239,6 +239,20 @@ class AcousticCodec(nn.Module):
             raise MetisError(f"codes must lie in 0..{config.codebook_size - 1}")
         return self.decoder.model(self.decoder.quantizer.vq2emb(codes.permute(2, 0, 1)))
 
+    @torch.no_grad()
+    def decode_long(self, codes: Tensor, chunk: int = 3000) -> Tensor:
+        """:meth:`decode` in pieces of ``chunk`` frames: the same samples at constant memory.
+
+        Each piece is decoded with as many frames around it as its samples depend on.
+        """
+        reach = 3 * (self.config.vocos_num_layers + 1) + self.config.n_fft // self.config.hop_size
+        pieces = []
+        for first in range(0, codes.shape[1], chunk):
+            left = min(first, reach)
+            wav = self.decode(codes[:, first - left : first + chunk + reach])
+            pieces.append(wav[:, left * self.config.hop_size :][:, : chunk * self.config.hop_size])
+        return torch.cat(pieces, dim=1) if pieces else self.decode(codes)
+
     def draw_layers(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
         """Quantiser dropout ``[batch]``: with probability ``quantizer_dropout`` 1..Q layers, else Q."""
         count = self.config.num_quantizers

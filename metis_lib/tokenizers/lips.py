@@ -254,7 +254,7 @@ class LipEncoder(nn.Module):
             kept[name] = value
         if missing := [name for name in ours if name not in kept]:
             raise MetisError(f"encoder.{missing[0]} and {len(missing) - 1} more are missing; is the file whole?")
-        self.load_state_dict(kept, strict=True)
+        self.load_state_dict(kept, strict=True, assign=self.after_norm.weight.is_meta)
 
     def forward(self, video: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Video ``[B, N, H, W]`` to features ``[B, N, C]``.

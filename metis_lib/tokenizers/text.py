@@ -1,13 +1,16 @@
-"""Text to phones, the text tokens of zero-shot TTS (MaskGCT appendix A.6): espeak-ng and the released rules.
+"""Text to phones, the text tokens of zero-shot TTS (MaskGCT appendix A.6), by the rules of the released front end.
 
-The English front end of the released code: abbreviations and numbers written out, espeak-ng (voice en-us, no
-stress), some pairs merged into one phone, ``_`` between words, punctuation kept as phones.  Differences, all
-where the released code fails or drops input: a text of digits alone is spoken, line breaks are spaces,
-numbers of any length work, and phones outside the table are reported.
+English, German, French and Korean are read by espeak-ng (no stress); Chinese by :mod:`.chinese`, Japanese by
+Open JTalk.  In English abbreviations and numbers are written out and some pairs merged into one phone; ``_``
+stands between words, and punctuation is kept as phones.  Text in English or Chinese may hold words of the other.
+Differences, all where the released code fails or drops input: a text of digits alone is spoken, line breaks are
+spaces, numbers of any length work, a text with nothing to say is an error, and phones outside the table are
+reported.  A language's packages are loaded by its first text.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -17,11 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from metis_lib.errors import MetisError
+from metis_lib.tokenizers.chinese import CJK, Chinese, ends_like_chinese, expand_chinese
+from metis_lib.tokenizers.languages import LANGUAGES, PUNCTUATION, japanese, normalise, rules
+from metis_lib.tokenizers.languages import detect_language as detect_language
 
-PUNCTUATION = ",.?!;:'…"
 WORD_BOUNDARY = "_"
 VOICES = {"en": "en-us"}
-"""Language to espeak-ng voice."""
+"""Languages that nano's table was made for, and so the training texts, to espeak-ng voice."""
+VOCAB_SHA256 = "0f5c44e05f79df8ae4fd77d7772950436a8bacc83d134fdf0ae3c72412b5676a"
+"""The released vocab.json."""
 
 _PLAIN = str.maketrans(dict(zip("，。！？；：、‘’⋯", ",.!?;:,''…", strict=True)))
 _ENGLISH = json.loads(Path(__file__).with_name("english.json").read_text(encoding="utf-8"))
@@ -113,23 +120,29 @@ def merge_phones(phones: list[str]) -> list[str]:
     return [phone for phone in line.split("|") if phone]
 
 
-def clean(text: str) -> str:
-    """Full-width and curly punctuation made plain, other symbols dropped, no space around punctuation."""
+def plain(text: str) -> str:
+    """Full-width and curly punctuation made plain."""
     text = text.translate(_PLAIN)
     for dots in ("···", "・・・", "..."):
         text = text.replace(dots, "…")
+    return text
+
+
+def clean(text: str) -> str:
+    """Full-width and curly punctuation made plain, other symbols dropped, no space around punctuation."""
+    text = plain(text)
     text = re.sub(rf"[^\w\s{PUNCTUATION}]", "", text)
     text = re.sub(rf"\s*([{PUNCTUATION}])\s*", r"\1", text)
     return " ".join(text.split())
 
 
-def split_phones(spoken: str) -> list[str]:
-    """What espeak-ng said (phones separated by ``|``, words by ``|_|``) as merged phones and punctuation."""
+def split_phones(spoken: str, merge: bool = True) -> list[str]:
+    """What espeak-ng said (phones separated by ``|``, words by ``|_|``) as phones; ``merge`` for English."""
     parts = re.sub(rf"([{PUNCTUATION}])", r"|\1|", spoken).split("|")
-    found = merge_phones([phone for phone in parts if phone.strip()])
+    found = [phone for phone in parts if phone.strip()]
     while found and found[-1] == WORD_BOUNDARY:
         found.pop()
-    return found
+    return merge_phones(found) if merge else found
 
 
 @lru_cache(maxsize=8)
@@ -158,15 +171,64 @@ def nano_table() -> tuple[dict[str, int], int]:
     return stored["phones"], stored["size"]
 
 
+def segments(text: str) -> list[tuple[str, str]]:
+    """English and Chinese runs of a text as (language, run); other characters stay with the run before them.
+
+    Those in front belong to the first run; a text without a letter of either has no runs.
+    """
+    runs = re.findall(rf"[{CJK}][^A-Za-z]*|[A-Za-z][^{CJK}]*", text)
+    if runs:
+        runs[0] = text[: text.index(runs[0][0])] + runs[0]
+    return [("zh" if re.search(f"[{CJK}]", run) else "en", run) for run in runs]
+
+
+def _say(line: str, voice: str, merge: bool = False) -> list[str]:
+    """The phones of a cleaned line by an espeak-ng voice."""
+    from phonemizer.separator import Separator
+
+    separator = Separator(word="|_|", syllable="-", phone="|")
+    return split_phones("|".join(espeak(voice).phonemize([line], separator=separator, strip=True)), merge)
+
+
+_END = re.compile(r"([.?!…;]+(?:\s»(?=\s|$)|[\"'”’“»«)\]])*)(?=\s|$)|[。！？；]+[”’」』）]*|…+(?=[\u3000-\uffff])|\n")
+
+
+def sentences(text: str, language: str = "en") -> list[str]:
+    """The sentences of a text, for speaking a long one piece by piece; nothing but white space is lost.
+
+    They end at . ? ! … ; and their full-width forms and at line breaks, but not after abbreviations and initials
+    ("Dr. J. Who"), before a small letter, or within numbers.  A piece with nothing to say joins its neighbour.
+    """
+    known = rules()["no_sentence_end"].get(language, "").split()
+    pieces, start = [""], 0
+    for match in [*_END.finditer(text), None]:
+        end = match.end() if match else len(text)
+        if match and match[0][0] == "." and len(match[1]) == 1:
+            word = re.split(r"[\s(\"'“‘«]", text[max(0, match.start() - 24) : match.start()])[-1]
+            following = text[end : end + 9].lstrip(" ")[:1]
+            initial = re.fullmatch(r"(?:.*\.)?[A-Z]", word) and following.isupper()
+            ordinal_day = language == "de" and re.fullmatch(r"\d{1,2}", word) and following.isupper()
+            if word.lower() in known or initial or ordinal_day or following.islower():
+                continue
+        piece, start = " ".join(text[start:end].split()), end
+        if any(character.isalnum() for character in pieces[-1]) and any(map(str.isalnum, piece)):
+            pieces.append(piece)
+        else:
+            pieces[-1] = f"{pieces[-1]} {piece}".strip()
+    return [piece for piece in pieces if piece]
+
+
 class PhoneTokenizer:
     """Text to phone ids on one table.
 
     ``vocab`` maps phones to ids and ``size`` is the number of rows of the embedding, whose last row is
-    padding (``pad_id``).  Without ``vocab``: nano's table (128 rows).  The released table has 363 phones in
-    1024 rows.
+    padding (``pad_id``).  Without ``vocab``: nano's table (128 rows).  The released table (:meth:`from_vocab`)
+    has 363 phones in 1024 rows.  ``chinese`` reads Chinese; by default pypinyin's readings.
     """
 
-    def __init__(self, vocab: Mapping[str, int] | None = None, size: int | None = None) -> None:
+    def __init__(
+        self, vocab: Mapping[str, int] | None = None, size: int | None = None, chinese: Chinese | None = None
+    ) -> None:
         if vocab is None:
             vocab, size = nano_table()
         self.vocab = dict(vocab)
@@ -174,29 +236,57 @@ class PhoneTokenizer:
         self.pad_id = self.size - 1
         if not self.vocab or not all(0 <= i < self.pad_id for i in self.vocab.values()):
             raise MetisError(f"the ids of a phone table must lie in 0..{self.pad_id - 1}")
+        self.chinese = chinese or Chinese()
         self.last_unknown: list[str] = []
         """Phones of the last text encoded that the table lacks, in order."""
         self._warned: set[str] = set()
+
+    @classmethod
+    def from_vocab(cls, path: str | Path, chinese: Chinese | None = None) -> PhoneTokenizer:
+        """The released table from its ``vocab.json``: 1024 rows, padding is 1023.
+
+        Raises:
+            MetisError: the file is missing or is not the released one.
+        """
+        try:
+            content = Path(path).read_bytes()
+            vocab = json.loads(content)["vocab"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MetisError(f"cannot read the phone table {path}: {error}") from error
+        if hashlib.sha256(content).hexdigest() != VOCAB_SHA256:
+            raise MetisError(f"{path} is not the released phone table: its SHA-256 differs")
+        return cls(vocab, 1024, chinese)
 
     def phones(self, text: str, language: str = "en") -> list[str]:
         """The phones of a text.
 
         Raises:
-            MetisError: the language is not supported, or the text has nothing to say.
+            MetisError: the language is not supported, one of its packages is missing, or the text has nothing to say.
         """
-        if language not in VOICES:
-            raise MetisError(f"unknown language {language!r}; supported: {', '.join(VOICES)}")
-        line = clean(expand_english(text))
-        if not any(character.isalnum() for character in line):
-            raise MetisError(f"the text has nothing to say: {text[:60]!r}")
-        from phonemizer.separator import Separator
-
-        separator = Separator(word="|_|", syllable="-", phone="|")
-        spoken = espeak(VOICES[language]).phonemize([line], separator=separator, strip=True)
-        found = split_phones("|".join(spoken))
+        if language not in LANGUAGES:
+            raise MetisError(f"unknown language {language!r}; supported: {', '.join(LANGUAGES)}")
+        parts = segments(text) if language in ("en", "zh") else []
+        found: list[str] = []
+        for kind, part in parts or [(language, text)]:
+            if found and kind == "zh" and ends_like_chinese(found[-1]):
+                found.append(WORD_BOUNDARY)
+            found += self._phones(part, kind)
         if all(phone in PUNCTUATION or phone == WORD_BOUNDARY for phone in found):
             raise MetisError(f"the text has nothing to say: {text[:60]!r}")
         return found
+
+    def _phones(self, text: str, language: str) -> list[str]:
+        if not any(character.isalnum() for character in text):
+            return []
+        if language == "ja":
+            return japanese(plain(text))
+        if language == "zh":
+            return self.chinese.phones(clean(expand_chinese(text)))
+        if language == "en":
+            return _say(clean(expand_english(text)), "en-us", merge=True)
+        own = rules()["espeak"][language]
+        found = _say(clean(normalise(plain(text), language)), own["voice"])
+        return [own["newer"].get(phone, phone) for phone in found]
 
     def encode(self, text: str, language: str = "en") -> list[int]:
         """The ids of a text's phones.  Phones that the table lacks are left out, with one warning for each.

@@ -1,0 +1,189 @@
+"""Many items of a task from a folder or a manifest: in batches, going on after an interruption, bad items set apart."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metis_lib.assets import sha256_file
+from metis_lib.audio import FORMATS
+from metis_lib.errors import MetisError
+from metis_lib.generation import Options
+from metis_lib.pipeline import SOURCES, Job, Metis
+
+SOUNDS = (*FORMATS, ".mp3", ".opus", ".m4a", ".aiff", ".aif")
+FILMS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+PLACES = ("source", "prompt", "video", "like")
+"""Fields of an item that name a file."""
+LOG = "generated.jsonl"
+
+
+def is_bulk(task: str, path: Path) -> bool:
+    """Whether an input holds many items: a folder, a manifest, or (TTS) a text with a sentence a line."""
+    return path.is_dir() or path.suffix in (".jsonl", ".csv", ".tsv") or (task == "tts" and path.suffix == ".txt")
+
+
+def read_items(task: str, path: Path, given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The items of a folder (one a file, by name), a manifest or a text, each with its ``id``.
+
+    A manifest is .jsonl, .csv or .tsv with the fields of the task (``pipeline.SOURCES``), ``id`` and ``seed``; places
+    are relative to it; ``path`` and ``audio`` (training manifests) stand for ``source``.  What a row lacks is
+    ``given``.
+
+    Raises:
+        MetisError: nothing there, a row that cannot be read, the same id twice.
+    """
+    key = {"l2s": "video", "tts": "text", "base": "prompt"}.get(task, "source")
+    rows: list[dict[str, Any]]
+    if path.is_dir():
+        endings = FILMS if task == "l2s" else SOUNDS
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+        rows = [{"id": str(p.relative_to(path).with_suffix("")), key: str(p)} for p in files]
+    elif not path.is_file():
+        raise MetisError(f"nothing at {path}; give a file, a folder or a manifest (.jsonl, .csv, .tsv)")
+    elif path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [{"id": f"{i:04d}", "text": line} for i, line in enumerate(lines, 1)]
+    else:
+        rows = list(_rows(path, key))
+    if not rows:
+        raise MetisError(f"{path} holds nothing to work on")
+    known, items = {*SOURCES[task][0], *SOURCES[task][1], "seed"}, []
+    for number, row in enumerate(rows, 1):
+        item = {**given, **{k: v for k, v in row.items() if k in known and v not in (None, "")}}
+        for name in PLACES:
+            if name in row and row[name] and not path.is_dir():
+                item[name] = str(path.parent / row[name])
+        for name, kind in (("seconds", float), ("seed", int)):
+            if isinstance(item.get(name), str):
+                try:
+                    item[name] = kind(item[name])
+                except ValueError as error:
+                    raise MetisError(f"{path}, row {number}: {name} is a number, not {item[name]!r}") from error
+        items.append({"id": str(row.get("id") or f"{number:04d}"), **item})
+    counts = Counter(item["id"] for item in items)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        raise MetisError(f"{path} has the id {twice[0]!r} twice")
+    bad = next((item["id"] for item in items if Path(item["id"]).is_absolute() or ".." in Path(item["id"]).parts), None)
+    if bad is not None:
+        raise MetisError(f"{path}: the id {bad!r} leads out of the folder")
+    return items
+
+
+def _rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
+    """Rows of a manifest, as they stand there."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+        for row in rows:
+            for other in ("path", "audio"):
+                if key == "source" and row.get(other) and not row.get("source"):
+                    row["source"] = row[other]
+            yield row
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise MetisError(f"{path} is no manifest: {error}") from error
+
+
+def _key(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    """Hash of all that an item's speech depends on."""
+    item = {k: sha256_file(v) if k in PLACES and Path(v).is_file() else v for k, v in item.items() if k != "id"}
+    return hashlib.sha256(json.dumps([task, item, about], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _log(path: Path) -> dict[str, dict[str, Any]]:
+    """The last line of each item; a line that was cut off is passed over."""
+    found = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+            found[entry["id"]] = entry
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def generate_all(
+    metis: Metis, task: str, items: Sequence[Mapping[str, Any]], out: Path, *, options: dict[str, Any], seed: int = 0,
+    suffix: str = ".flac", fresh: bool = False, about: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Do a task for all items; the speech of each lies at ``<out>/<id><suffix>``, a line about it in generated.jsonl.
+
+    What was made by the same of everything is kept unless ``fresh``.  An item that cannot be used, or fails, is
+    reported and the rest is done.
+
+    Args:
+        options: of :meth:`Metis.generate`.
+        about: what else the speech depends on (the model).
+        progress: told the number of items that are finished, of all, and the last one's id.
+
+    Returns:
+        ``done``, ``kept`` (numbers) and ``failed`` (id: reason).
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log, failed, waiting, done = out / LOG, dict[str, str](), list[tuple[str, str, Job]](), 0
+    if fresh:
+        log.unlink(missing_ok=True)
+    known, total = _log(log), len(items)
+    if log.is_file() and not log.read_bytes().endswith(b"\n"):  # a line was cut off
+        with open(log, "a", encoding="utf-8") as file:
+            file.write("\n")
+    model = {**(about or {}), "options": options}
+    finished = 0
+
+    def note(item: str, entry: dict[str, Any]) -> None:
+        nonlocal finished
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": item, **entry}, ensure_ascii=False, sort_keys=True) + "\n")
+        failed.update({item: entry["error"]} if "error" in entry else {})
+        finished += 1
+        progress(finished, total, item)
+
+    def work(jobs: Sequence[tuple[str, str, Job]], settings: Options) -> int:
+        """Run some jobs, one by one if that fails together."""
+        try:
+            metis.run([job for *_, job in jobs], settings)
+        except (MetisError, RuntimeError) as error:
+            if len(jobs) == 1:
+                note(jobs[0][0], {"key": jobs[0][1], "error": " ".join(str(error).split())})
+                return 0
+            for *_, job in jobs:
+                job.made.clear()
+            return sum(work([one], settings) for one in jobs)
+        for item, key, job in jobs:
+            speech, _ = metis._finish(job)
+            path = speech.save(out / f"{item}{suffix}")
+            entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
+            note(item, entry | {"seconds": round(speech.seconds, 4), **speech.info})
+        return len(jobs)
+
+    kept = 0
+    settings = metis.options(task, items[0], **options)
+    for item in items:
+        name, rest = item["id"], {"seed": seed} | {k: v for k, v in item.items() if k != "id"}
+        key, before = _key(task, rest, model), known.get(name, {})
+        path = out / f"{name}{suffix}"
+        if before.get("key") == key and path.is_file() and sha256_file(path) == before.get("sha256"):
+            kept, finished = kept + 1, finished + 1
+            continue
+        try:
+            job = metis.job(task, rest, settings)
+        except MetisError as error:
+            note(name, {"key": key, "error": str(error)})
+            continue
+        waiting.append((name, key, job))
+        frames = sum(request.size for *_, job in waiting for request in job.requests)
+        if frames >= 4 * settings.batch_frames or job.windows is not None:  # enough for some batches of like length
+            done += work(waiting, settings)
+            waiting = []
+    done += work(waiting, settings) if waiting else 0
+    return {"done": done, "kept": kept, "failed": failed}

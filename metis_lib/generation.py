@@ -1,0 +1,233 @@
+"""From requests to acoustic codes: utterances of different lengths in one batch through stage 1 and stage 2.
+
+A request says what conditions one utterance (Metis figure 2 and section 3.5), whatever its task; how it is made of
+recordings, text or video is the pipeline's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from metis_lib.config import DecodeSettings
+from metis_lib.errors import MetisError
+from metis_lib.models.masked import SCHEDULES, MaskedTrace, Noise
+from metis_lib.models.stage1 import Stage1
+from metis_lib.models.stage2 import Stage2
+
+RELEASED_STEPS = (40, 16, *(1,) * 10)
+"""Decoding steps of the twelve acoustic layers in the released scripts."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A prompt, encoded.
+
+    Attributes:
+        wav_16k: ``[S]`` what a frame-level condition begins with.
+        tokens: ``[P]`` SSL tokens.
+        codes: ``[P, Q]`` acoustic codes (as released there is one frame more than tokens).
+    """
+
+    wav_16k: Tensor
+    tokens: Tensor
+    codes: Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One utterance to generate.
+
+    Attributes:
+        frames: how many.
+        generator: of all its noise.
+        voice: the prompt.
+        condition: ``[P+T, C]`` frame-level, the prompt's rows first.
+        phones: ``[L]``.
+        hint: ``[P+T]`` frame-level phones.
+        carry: tokens ``[K]`` and codes ``[K, Q]`` that stage 2 goes on from: the end of the window before.
+        skip: frames at the beginning that stage 2 leaves out, being made already.
+    """
+
+    frames: int
+    generator: torch.Generator
+    voice: Voice | None = None
+    condition: Tensor | None = None
+    phones: Tensor | None = None
+    hint: Tensor | None = None
+    carry: tuple[Tensor, Tensor] | None = None
+    skip: int = 0
+
+    @property
+    def prompt_frames(self) -> int:
+        """P."""
+        return 0 if self.voice is None else len(self.voice.tokens)
+
+    @property
+    def size(self) -> int:
+        """Frames that attention runs over, the phones too."""
+        return self.prompt_frames + self.frames + (0 if self.phones is None else len(self.phones))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a request is decoded.
+
+    Attributes:
+        stage1: steps, guidance, temperatures of stage 1; by default the task's.
+        stage2: of the acoustic layers above the first; the first is decoded without guidance, as released.
+        stage2_steps: decoding steps of each acoustic layer.
+        released: the wiring of the released code (docs/paper_system.md lists the differences).
+        batch_frames: padded frames of a batch.
+    """
+
+    stage1: DecodeSettings
+    stage2: DecodeSettings = DecodeSettings(cfg=2.5, temperature=1.5)
+    stage2_steps: tuple[int, ...] = (20, 10, *(1,) * 10)
+    released: bool = False
+    batch_frames: int = 4000
+
+    @classmethod
+    def of(cls, stage1: DecodeSettings, released: bool, steps2: tuple[int, ...], given: dict[str, Any]) -> Options:
+        """Defaults changed by what is given (None: not given).
+
+        ``steps``, ``cfg``, ``rescale``, ``temperature``, ``choice_temperature``, ``top_fraction``, ``top_k``,
+        ``schedule`` are of stage 1; with ``stage2_`` before them, of stage 2 (``stage2_steps``: a list).
+
+        Raises:
+            MetisError: unknown option, or a value out of range.
+        """
+        of_decoder = {f.name for f in fields(DecodeSettings)} - {"guide_always"}
+        given = {key: value for key, value in given.items() if value is not None}
+        first = {key: value for key, value in given.items() if key in of_decoder}
+        second = {key[7:]: v for key, v in given.items() if key.startswith("stage2_") and key[7:] in of_decoder}
+        rest = set(given) - set(first) - {f"stage2_{key}" for key in second} - {"batch_frames"}
+        if rest:
+            more = ", ".join(sorted(of_decoder))
+            raise MetisError(f"unknown option {min(rest)!r}; options are {more}, each also as stage2_..., batch_frames")
+        layers = second.pop("steps", steps2)
+        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        layers += (1,) * (len(steps2) - len(layers))
+        for settings in (first, second, {"steps": min(layers, default=1)}):
+            check(settings)
+        always: dict[str, Any] = {"guide_always": True} if released else {}
+        frames = int(given.get("batch_frames", cls.batch_frames))
+        if frames < 1:
+            raise MetisError(f"batch_frames must be at least 1, not {frames}")
+        return cls(
+            replace(stage1, **first, **always), replace(cls.stage2, **second, **always), layers, released, frames
+        )  # fmt: skip
+
+
+def check(settings: dict[str, Any]) -> None:
+    """MetisError for a decoding option out of range."""
+    for name in ("steps", "top_k"):
+        if settings.get(name, 1) < 1:
+            raise MetisError(f"{name} must be at least 1, not {settings[name]}")
+    for name in ("cfg", "temperature", "choice_temperature"):
+        if not settings.get(name, 0) >= 0:
+            raise MetisError(f"{name} must not be negative, got {settings[name]}")
+    if not 0 <= settings.get("rescale", 0) <= 1 or not 0 < settings.get("top_fraction", 1) <= 1:
+        raise MetisError("rescale lies in 0..1, top_fraction above 0 and at most 1")
+    if settings.get("schedule", "cosine") not in SCHEDULES:
+        raise MetisError(f"unknown schedule {settings['schedule']!r}; choose one of {', '.join(SCHEDULES)}")
+
+
+@dataclass
+class Made:
+    """What came of a request: ``tokens [T]``, ``codes [T', Q]`` and how they were decided."""
+
+    tokens: Tensor
+    codes: Tensor
+    traces: dict[str, Any] = field(default_factory=dict)
+
+
+def batches(requests: Sequence[Request], frames: int) -> list[list[int]]:
+    """Requests by number, such that those of a batch are alike and hold at most ``frames`` frames with padding."""
+    kinds: dict[Any, list[int]] = {}
+    for i, r in enumerate(requests):
+        kind = (r.phones is None, r.hint is None, r.condition is None, r.voice is None)
+        kinds.setdefault(kind, []).append(i)
+    found = []
+    for members in kinds.values():
+        batch: list[int] = []
+        for i in sorted(members, key=lambda i: -requests[i].size):  # the first of a batch is its longest
+            if batch and (len(batch) + 1) * requests[batch[0]].size > frames:
+                found.append(batch)
+                batch = []
+            batch.append(i)
+        found.append(batch)
+    return found
+
+
+def _sides(rows: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
+    """Rows ``[P+T, ...]``, each cut at its own P, as one batch with all prompts padded and all targets padded."""
+    sides = ([row[:cut] for row, cut in zip(rows, cuts, strict=True)], [r[c:] for r, c in zip(rows, cuts, strict=True)])
+    return torch.cat([pad_sequence(side, batch_first=True) for side in sides], dim=1)
+
+
+def run(
+    stage1: Stage1, layer1: Stage2, full: Stage2, requests: Sequence[Request], options: Options, *,
+    noise: Noise | None = None,
+) -> list[Made]:  # fmt: skip
+    """Generate one batch of requests that are alike; each result is what the request would give alone.
+
+    Args:
+        stage1: as fine-tuned for the task.
+        layer1, full: the nets of stage 2.
+        noise: replaces the requests' generators (of a single request: recorded noise).
+    """
+    device = layer1.cond_emb.weight.device
+    with_hint = requests[0].hint is not None and stage1.config.text_hint != "none"
+    cuts = [r.prompt_frames for r in requests]
+    lengths = torch.tensor([r.frames for r in requests], device=device)
+    empty = torch.zeros(0, dtype=torch.long, device=device)
+    # As released, one stream of noise runs through all; a batch needs one an utterance.
+    generator: Any = requests[0].generator if options.released else [r.generator for r in requests]
+    more: dict[str, Any] = {}
+    if requests[0].phones is not None:
+        phones = [r.phones for r in requests if r.phones is not None]
+        more["phones"] = pad_sequence(phones, batch_first=True, padding_value=stage1.config.phone_vocab - 1)
+        more["phone_lengths"] = torch.tensor([len(p) for p in phones], device=device)
+    if requests[0].condition is not None:
+        rows = [r.condition for r in requests if r.condition is not None]
+        more["condition"] = _sides(rows, cuts).to(stage1.mask_emb.weight.dtype)
+    if with_hint:
+        more["hint"] = _sides([r.hint for r in requests if r.hint is not None], cuts)
+    prompts = [empty if r.voice is None else r.voice.tokens for r in requests]
+    trace = stage1.generate(
+        pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),
+        settings=options.stage1, generator=generator, noise=noise, return_iterations=True, **more,
+    )  # fmt: skip
+    assert isinstance(trace, MaskedTrace)
+
+    count = full.config.num_quantizers
+    said, given = [], []
+    for r, tokens in zip(requests, trace.tokens, strict=True):
+        before = [pair for pair in (r.voice and (r.voice.tokens, r.voice.codes), r.carry) if pair]
+        said.append(torch.cat([*(pair[0] for pair in before), tokens[r.skip : r.frames]]))
+        given.append(torch.cat([empty.new_zeros(0, count), *(pair[1] for pair in before)]))
+    cuts = [len(codes) for codes in given]
+    lengths = torch.tensor([len(s) - cut for s, cut in zip(said, cuts, strict=True)], device=device)
+    if int(lengths.min()) < 1:
+        raise MetisError("the prompt leaves nothing to generate; give a longer source or a shorter prompt")
+    traces: list[MaskedTrace] = []
+    shared: dict[str, Any] = {
+        "prompt_lengths": torch.tensor(cuts, device=device), "lengths": lengths, "generator": generator,
+        "noise": noise, "traces": traces, "steps": options.stage2_steps,
+    }  # fmt: skip
+    semantic, prompt = _sides(said, cuts), pad_sequence(given, batch_first=True)
+    first = layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **shared)
+    codes = full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **shared)
+    return [
+        Made(
+            trace.tokens[i, r.skip : r.frames], codes[i, : int(lengths[i])],
+            {"ssl": trace.item(i, r.frames), "acoustic": [t.item(i, int(lengths[i])) for t in traces]},
+        )
+        for i, r in enumerate(requests)
+    ]  # fmt: skip

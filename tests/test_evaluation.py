@@ -17,7 +17,7 @@ import pytest
 
 from metis_lib import audio
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, record, report, runner, systems
+from metis_lib.evaluation import judges, metrics, record, report, runner, scoring, statistics, systems
 from metis_lib.evaluation.metrics import MetricFailure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -216,7 +216,7 @@ def test_interval_equals_scipy_over_utterances() -> None:
 
     values = np.random.default_rng(3).gamma(2.0, 0.1, 12)
     ids = [str(index) for index in range(12)]
-    estimate = metrics.mean_interval(list(values), ["a", "b"] * 6, ids)
+    estimate = statistics.mean_interval(list(values), ["a", "b"] * 6, ids)
     expected = bootstrap((values,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(9))
     assert estimate.unit == "utterances"
     assert estimate.mean == pytest.approx(values.mean())
@@ -228,8 +228,8 @@ def test_speakers_are_resampled_from_eight_on_and_widen_the_interval() -> None:
     values = [float(int(speaker[1:]) % 2) for speaker in speakers]
     ids = [str(index) for index in range(40)]
     by_speaker, by_utterance = (
-        metrics.mean_interval(values, speakers, ids),
-        metrics.mean_interval(values, ["x"] * 40, ids),
+        statistics.mean_interval(values, speakers, ids),
+        statistics.mean_interval(values, ["x"] * 40, ids),
     )
     assert (by_speaker.unit, by_utterance.unit) == ("speakers", "utterances")
     assert by_speaker.ci95 and by_utterance.ci95
@@ -237,10 +237,10 @@ def test_speakers_are_resampled_from_eight_on_and_widen_the_interval() -> None:
 
 
 def test_ratio_weights_by_words_and_one_unit_has_no_interval() -> None:
-    estimate = metrics.ratio_interval([0, 5], [5, 5], ["a", "a"], ["1", "2"])
+    estimate = statistics.ratio_interval([0, 5], [5, 5], ["a", "a"], ["1", "2"])
     assert (estimate.mean, estimate.ci95, estimate.n) == (0.5, (0.0, 1.0), 2)
-    assert metrics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "1"]).ci95 is None
-    assert metrics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "2"]).mean == pytest.approx(0.4)
+    assert statistics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "1"]).ci95 is None
+    assert statistics.ratio_interval([1, 3], [2, 8], ["a", "a"], ["1", "2"]).mean == pytest.approx(0.4)
 
 
 # --- steps ---------------------------------------------------------------------------------------------
@@ -446,10 +446,10 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
     fetch("whisper-base")
     cache = tmp_path / "verdicts"
     call = (
-        "import sys; from pathlib import Path; from metis_lib.evaluation import runner, systems; "
+        "import sys; from pathlib import Path; from metis_lib.evaluation import scoring, systems; "
         "items = systems.load_items('human', 'se', 2); out = Path(sys.argv[1]); "
         "clips = systems.produce(items, ['noisy', 'nsnet2'], out); "
-        "runner.score(clips, verdicts=runner.Verdicts(out / 'verdicts'))"
+        "scoring.score(clips, verdicts=scoring.Verdicts(out / 'verdicts'))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "METIS_HOME": str(metis_home())}
     process = subprocess.Popen(
@@ -471,7 +471,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
     monkeypatch.setattr(systems.Systems, "make", lambda self, system, item, seed: made.append(item.id))
     clips = systems.produce(speech()[:2], ["noisy", "nsnet2"], tmp_path)
     assert made == [] and all(clip.path for clip in clips)
-    verdicts = runner.Verdicts(cache)
-    rows = runner.score(clips, verdicts=verdicts)
+    verdicts = scoring.Verdicts(cache)
+    rows = scoring.score(clips, verdicts=verdicts)
     assert verdicts.reused == done and verdicts.computed > 0
     assert all(row[key] is not None for row in rows for key in metrics.TASKS["se"]["metrics"])

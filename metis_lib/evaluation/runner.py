@@ -8,156 +8,24 @@ ends with an error.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-import soundfile
-
-from metis_lib import audio
-from metis_lib.assets import metis_home
 from metis_lib.data.store import write_jsonl
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, record, report
-from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS, MetricFailure, TaskSummary
-from metis_lib.evaluation.systems import Clip, Item, Systems, choose_systems, load_items, produce, testset_folder
-from metis_lib.notebook import progress
+from metis_lib.evaluation import record, report, statistics
+from metis_lib.evaluation.metrics import TASKS, TaskSummary
+from metis_lib.evaluation.scoring import Verdicts, score
+from metis_lib.evaluation.statistics import summarise
+from metis_lib.evaluation.systems import Item, Systems, choose_systems, load_items, produce, testset_folder
 
 # --- one task --------------------------------------------------------------------------------------------
-
-
-class Verdicts:
-    """Verdicts of judges on files, cached under ``$METIS_HOME/cache/judges`` by the files' contents."""
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder, self.reused, self.computed = folder or metis_home() / "cache" / "judges", 0, 0
-        self._code = record.code_hash("audio.py", "evaluation/judges.py", "evaluation/metrics.py")
-        self._hash = functools.cache(record.sha256_file)
-        self._memory: dict[str, Any] = {}
-
-    def get(self, protocol: str, judge: Callable[..., Any], *paths: Path) -> Any:
-        """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised.
-
-        Failures are not cached: what could not be judged is tried again by the next run.
-        """
-        key = record.sha256_of([protocol, self._code, *map(self._hash, paths)])
-        if key in self._memory:
-            return self._memory[key]
-        file = self.folder / protocol.replace("/", "_") / key[:2] / f"{key}.json"
-        stored = record.read_json(file)
-        self.reused, self.computed = self.reused + bool(stored), self.computed + (not stored)
-        try:
-            if not stored:
-                stored = {"verdict": judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths))}
-                record.write_json(file, stored)
-        except (MetricFailure, MetisError, ValueError) as failure:
-            stored = {"verdict": MetricFailure((str(failure) or type(failure).__name__).splitlines()[0])}
-        self._memory[key] = stored["verdict"]
-        return self._memory[key]
-
-
-def score(clips: Sequence[Clip], *, verdicts: Verdicts | None = None) -> list[dict[str, Any]]:
-    """One row of JSON types per clip: every metric as a number, or ``null`` with ``<metric>_error``.
-
-    Judges work one after the other, each loaded once and released; ``heard`` is what the WER judge heard.
-    """
-    task, keys = clips[0].item.task, TASKS[clips[0].item.task]["metrics"]
-    ask = (verdicts or Verdicts()).get
-    rows = [_row(clip) for clip in clips]
-    for row in rows:
-        if row["error"] is not None:
-            _put(row, **dict.fromkeys(keys, MetricFailure(f"no audio: {row['error']}")))
-
-    def each(protocol: str, judge: judges.Judge | None = None) -> Iterator[tuple[Path, Item, dict[str, Any]]]:
-        """Clips that have audio; after the last one the judge is released."""
-        heard = [(clip.path, clip.item, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
-        yield from progress(heard, f"{task}: {protocol}")
-        if judge:
-            judge.release()
-
-    whisper = judges.WhisperJudge()
-    for path, item, row in each(metrics.WER, whisper):
-        _put_words(row, item.text, ask(metrics.WER, whisper, path))
-    speaker = judges.SpeakerJudge()
-    for path, item, row in each(metrics.SIM, speaker):
-        for key in (key for key in keys if key.startswith("sim_")):
-            voices = [ask(metrics.SIM, speaker, voice) for voice in (path, item.reference(key)) if voice]
-            failed = [voice for voice in voices if isinstance(voice, MetricFailure)]
-            if len(voices) < 2:
-                failed = [MetricFailure("the test set has no other speaker here")]
-            _put(row, **{key: failed[0] if failed else metrics.cosine(*voices)})
-    dnsmos = judges.DnsmosJudge()
-    for path, _, row in each(metrics.DNSMOS, dnsmos):
-        verdict = ask(metrics.DNSMOS, dnsmos, path)
-        _put(row, **(verdict if isinstance(verdict, dict) else dict.fromkeys(dnsmos.POLYNOMIALS, verdict)))
-    if "stoi" in keys:
-        for path, item, row in each(f"{metrics.PESQ}, {metrics.STOI}"):
-            _put(row, pesq_wb=ask(metrics.PESQ, metrics.pesq_wb, item.clean, path))
-            _put(row, stoi=ask(metrics.STOI, metrics.stoi, item.clean, path))
-    return rows
-
-
-def _row(clip: Clip) -> dict[str, Any]:
-    """What is known of a clip before anybody judges it."""
-    item, path = clip.item, clip.path
-    return {
-        "id": item.id, "system": clip.system, "seed": clip.seed, "speaker": item.speaker, "text": item.text,
-        "heard": None, "audio": f"audio/{path.name}" if path else None,
-        "sha256": record.sha256_file(path) if path else None,
-        "seconds": round(soundfile.info(str(path)).duration, 4) if path else None,
-        "seconds_to_make": clip.seconds_to_make, "error": clip.error, "word_errors": None, "words": None,
-    }  # fmt: skip
-
-
-def _put(row: dict[str, Any], **values: float | MetricFailure) -> None:
-    """Numbers, or ``null`` and a reason each."""
-    for key, value in values.items():
-        good = not isinstance(value, MetricFailure) and bool(np.isfinite(value))
-        row[key] = round(float(value), 6) if good else None  # type: ignore[arg-type]
-        if not good:
-            row[f"{key}_error"] = str(value) if isinstance(value, MetricFailure) else f"not a finite number ({value})"
-
-
-def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure) -> None:
-    """What was heard, its word errors and their rate."""
-    if isinstance(heard, MetricFailure):
-        return _put(row, wer=heard)
-    row["heard"] = heard
-    try:
-        row["word_errors"], row["words"] = counts = metrics.word_errors(text, heard)
-        _put(row, wer=counts.rate)
-    except MetricFailure as failure:
-        _put(row, wer=failure)
-
-
-def summarise(rows: Sequence[dict[str, Any]], task: str) -> TaskSummary:
-    """Means with intervals over the utterances of every system; see ``TaskSummary``."""
-    wer, *others = TASKS[task]["metrics"]
-    summary: TaskSummary = {}
-    for system in dict.fromkeys(row["system"] for row in rows):
-        mine = [row for row in rows if row["system"] == system]
-        summary[system] = {key: _entry(mine, key) for key in (wer, "wer_corpus", *others)}
-    return summary
-
-
-def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
-    value, weight = ("word_errors", "words") if key == "wer_corpus" else (key, None)
-    good = [row for row in rows if row[value] is not None]
-    entry: dict[str, Any] = {"mean": None, "ci95": None, "n": len(good), "n_failed": len(rows) - len(good)}
-    if good:
-        weights = [row[weight] if weight else 1.0 for row in good]
-        speakers, ids = [row["speaker"] for row in good], [row["id"] for row in good]
-        estimate = metrics.ratio_interval([row[value] for row in good], weights, speakers, ids)
-        entry["mean"] = round(estimate.mean, 6)
-        entry["ci95"] = [round(value, 6) for value in estimate.ci95] if estimate.ci95 else None
-    return entry | {"protocol": metrics.METRICS[key]}
 
 
 def save(rows: Sequence[dict[str, Any]], task: str, out: str | Path, *, allow_missing: bool = False) -> TaskSummary:
@@ -206,11 +74,11 @@ def run_task(
     maker, verdicts = Systems(checkpoint, device), Verdicts()
     chosen = choose_systems(task, systems, checkpoint)
     rows = score(produce(items, chosen, out, seeds=seeds, maker=maker), verdicts=verdicts)
-    units = metrics.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
+    units = statistics.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
     settings = {"systems": chosen, "seeds": list(seeds), "limit": limit, "checkpoint": checkpoint}
     run = {
         "task": task, "settings": settings, "settings_sha256": record.sha256_of(settings), "items": len(items),
-        "bootstrap": {"units": units, "resamples": metrics.RESAMPLES, "interval": "percentile, 95 %"},
+        "bootstrap": {"units": units, "resamples": statistics.RESAMPLES, "interval": "percentile, 95 %"},
         "device": maker.used_device, "verdicts": {"computed": verdicts.computed, "reused": verdicts.reused},
         "wall_s": round(time.perf_counter() - started, 2), **record.peak_memory(),
         **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),

@@ -26,8 +26,9 @@ from metis_lib.notebook import progress
 from metis_lib.pipeline import Metis
 
 _MODEL_CODE = (
-    "audio.py", "config.py", "pipeline.py", "generation.py", "stores.py", "checkpoints.py", "models", "tokenizers", "tasks"
-)  # fmt: skip
+    *("audio.py", "config.py", "pipeline.py", "generation.py", "stores.py", "checkpoints.py"),
+    *("models", "tokenizers", "tasks"),
+)
 
 
 @dataclass(frozen=True)

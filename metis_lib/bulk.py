@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from metis_lib.generation import Options
 from metis_lib.pipeline import SOURCES, Job, Metis
 
 SOUNDS = (*FORMATS, ".mp3", ".opus", ".m4a", ".aiff", ".aif")
-FILMS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+FILMS = (".npz", ".mp4", ".mov", ".mkv", ".avi", ".webm")
 PLACES = ("source", "prompt", "video", "like")
 """Fields of an item that name a file."""
 LOG = "generated.jsonl"
@@ -99,9 +100,9 @@ def _key(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([task, item, about], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _log(path: Path) -> dict[str, dict[str, Any]]:
-    """The last line of each item; a line that was cut off is passed over."""
-    found = {}
+def read_log(folder: Path) -> dict[str, dict[str, Any]]:
+    """The last line about each item; a line that was cut off is passed over."""
+    path, found = folder / LOG, {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
@@ -114,6 +115,7 @@ def _log(path: Path) -> dict[str, dict[str, Any]]:
 def generate_all(
     metis: Metis, task: str, items: Sequence[Mapping[str, Any]], out: Path, *, options: dict[str, Any], seed: int = 0,
     suffix: str = ".flac", fresh: bool = False, about: Mapping[str, Any] | None = None,
+    measure: Callable[[str, Job], dict[str, float]] = lambda id, job: {},
     progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Do a task for all items; the speech of each lies at ``<out>/<id><suffix>``, a line about it in generated.jsonl.
@@ -124,6 +126,7 @@ def generate_all(
     Args:
         options: of :meth:`Metis.generate`.
         about: what else the speech depends on (the model).
+        measure: what else to write about an item, as ``measured``, from its id and what was generated.
         progress: told the number of items that are finished, of all, and the last one's id.
 
     Returns:
@@ -133,7 +136,7 @@ def generate_all(
     log, failed, waiting, done = out / LOG, dict[str, str](), list[tuple[str, str, Job]](), 0
     if fresh:
         log.unlink(missing_ok=True)
-    known, total = _log(log), len(items)
+    known, total = read_log(out), len(items)
     if log.is_file() and not log.read_bytes().endswith(b"\n"):  # a line was cut off
         with open(log, "a", encoding="utf-8") as file:
             file.write("\n")
@@ -150,6 +153,7 @@ def generate_all(
 
     def work(jobs: Sequence[tuple[str, str, Job]], settings: Options) -> int:
         """Run some jobs, one by one if that fails together."""
+        began = time.perf_counter()
         try:
             metis.run([job for *_, job in jobs], settings)
         except (MetisError, RuntimeError) as error:
@@ -159,11 +163,14 @@ def generate_all(
             for *_, job in jobs:
                 job.made.clear()
             return sum(work([one], settings) for one in jobs)
-        for item, key, job in jobs:
-            speech, _ = metis._finish(job)
+        spoken = [metis._finish(job)[0] for *_, job in jobs]
+        share = (time.perf_counter() - began) / max(sum(speech.seconds for speech in spoken), 1e-9)
+        for (item, key, job), speech in zip(jobs, spoken, strict=True):
             path = speech.save(out / f"{item}{suffix}")
             entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
-            note(item, entry | {"seconds": round(speech.seconds, 4), **speech.info})
+            entry |= {"seconds": round(speech.seconds, 4), "seconds_to_make": round(share * speech.seconds, 3)}
+            measured = {"measured": found} if (found := measure(item, job)) else {}
+            note(item, entry | measured | speech.info)
         return len(jobs)
 
     kept = 0

@@ -299,14 +299,32 @@ class Nano(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Testset(Command):
-    """Make a test set of synthetic voices from the corpus of nano."""
+    """Make a test set of nano's corpus (unseen, seen), or of a local copy of a public one (docs/testsets.md)."""
 
-    name: Annotated[Literal["unseen", "seen"], tyro.conf.Positional]
-    """unseen (voices and sentences never trained on) or seen (voices of the training, for TTS)."""
+    name: Name
+    """unseen (voices and sentences never trained on), seen (voices of the training, for TTS), or a public one:
+    seedtts-en, seedtts-zh, seedtts-vc-en, seedtts-vc-zh, librispeech, vctk, vctk-same, libri2mix, emiliamix,
+    dns2020-no-reverb, dns2020-with-reverb, dns2020-real, lrs2, lrs3."""
+    root: Path | None = None
+    """Where the local copy of a public one lies."""
+    out: Path | None = None
+    """Folder for its manifest.jsonl; by default where `metis evaluate --testset NAME` finds it."""
+    prompts: Path | None = None
+    """The second corpus of those that need one: LibriSpeech test-clean (libri2mix), Seed-TTS (lrs2, lrs3)."""
+    seed: int = 2025
+    """Of choices that the paper leaves open."""
+    allow_count: bool = False
+    """Take a copy that has not as many items as the official list."""
 
     def run(self) -> Answer:
-        folder = _recipe("nano.testsets").build_synthetic(self.name)
-        return Answer(f"{self.name}: {folder}", {"testset": str(folder)})
+        options = {key: value for key, value in vars(self).items() if key not in ("name", "root", "json")}
+        if self.name in ("unseen", "seen"):
+            if (self.root, self.out, self.prompts) != (None, None, None):
+                raise MetisError(f"{self.name} is made of nano's corpus; it takes no folders")
+            folder = _recipe("nano.testsets").build_synthetic(self.name)
+            return Answer(f"{self.name}: {folder}", {"testset": str(folder)})
+        found = _recipe("testsets").prepare(self.name, self.root, **options)
+        return Answer(f"{self.name}: {found['items']} items in {found['testset']}", found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,14 +430,17 @@ class Tokens(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
-    """Run the evaluation notebooks: scores of every utterance, a summary, a page to read and listen to."""
+    """Run the evaluation notebooks: scores of every utterance, a summary, a page to read and listen to.
 
-    tasks: tuple[Literal["codec", "se", "tts"], ...] = ("codec", "se", "tts")
+    What is done is kept: the same command goes on with a run that was interrupted.
+    """
+
+    tasks: tuple[Literal["codec", "se", "tts", "vc", "tse", "l2s", "omni"], ...] = ("codec", "se", "tts")
     """What to evaluate."""
     systems: tuple[str, ...] = ()
-    """Rows of the tables; each task takes those that it knows, all if none is named."""
-    testset: str = "human"
-    """A folder with manifest.jsonl, or a name under eval/testsets."""
+    """Rows of the tables, other checkpoints among them; each task takes those that it knows, all if none is named."""
+    testsets: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--testset",))] = ("human",)
+    """Folders with manifest.jsonl, or names under eval/testsets; of several, each gets a folder of its own in out."""
     out: Path = Path("results/evaluation")
     """Folder of the run."""
     seeds: tuple[int, ...] = (0,)
@@ -427,51 +448,66 @@ class Evaluate(Command):
     limit: int | None = None
     """Only the first items of each task."""
     model: str = "nano"
-    """nano, debug or the folder of a system."""
+    """nano, debug, the folder of a system, or amphion/metis."""
     device: str = "auto"
-    """auto, cpu or cuda."""
+    """auto (all GPUs, each the next notebook), cpu, cuda, or several: cuda:0,cuda:1."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the transformers' weights."""
+    option: tuple[str, ...] = ()
+    """Decoding options, such as steps=10 or cfg=2.0."""
+    judges: Literal["offline", "paper"] = "offline"
+    """Judges that packages carry, or the paper's own (weights from the hub or a folder)."""
     allow_missing: bool = False
     """Accept utterances for which a system gave no audio."""
+    fresh: bool = False
+    """Run again what is done."""
 
     def run(self) -> Answer:
         from metis_lib.evaluation import runner
         from metis_lib.evaluation.report import text_table
 
-        try:
-            summary = runner.evaluate(
-                self.tasks,
-                self._systems(),
-                self.testset,
-                self.out,
-                seeds=self.seeds,
-                limit=self.limit,
-                checkpoint=self.model,
-                device=self.device,
-                allow_missing=self.allow_missing,
-            )
-        except runner.EvaluationFailed as failure:
-            if failure.summary:
-                _say(text_table(failure.summary))
-            raise
-        page = self.out / "index.html"
-        document = {"out": str(self.out), "index": str(page), "summary": summary}
-        return Answer(f"{text_table(summary)}\n\nListen and read: {page}", document)
+        systems, options = self._systems(), dict(_option(text) for text in self.option)
+        given = {key: getattr(self, key) for key in ("seeds", "limit", "device", "dtype", "judges", "fresh")}
+        given |= {"allow_missing": self.allow_missing, "checkpoint": self.model, "options": options}
+        texts, documents, pages, failed = [], {}, [], None
+        for testset in self.testsets:
+            out = self.out / Path(testset).name if len(self.testsets) > 1 else self.out
+            try:
+                summary = runner.evaluate(self.tasks, systems, testset, out, **given)
+            except runner.EvaluationFailed as failure:
+                failed, summary = failure, failure.summary
+            if summary:
+                texts.append((f"{testset}\n" if len(self.testsets) > 1 else "") + text_table(summary))
+            documents[testset] = summary
+            pages.append(out / "index.html")
+        if failed:
+            _say("\n\n".join(texts))
+            raise failed
+        first = next(iter(documents.values()))
+        document = {"out": str(self.out), "index": str(pages[0]), "summary": first}
+        document |= {"testsets": documents} if len(documents) > 1 else {}
+        listen = "Listen and read: " + ", ".join(map(str, pages))
+        return Answer("\n\n".join([*texts, listen]), document)
 
     def _systems(self) -> dict[str, list[str]] | None:
         """The systems of each task, out of one list for all."""
-        from metis_lib.evaluation.systems import systems_of
+        from metis_lib.evaluation.systems import choose_systems, label, systems_of
 
+        tasks = [task for task in self.tasks if task != "omni"]
         if not self.systems:
             return None
-        known: dict[str, list[str]] = {task: systems_of(task, self.model) for task in self.tasks}
-        chosen = {task: [name for name in self.systems if name in known[task]] for task in known}
-        lost = [name for name in self.systems if not any(name in names for names in known.values())]
-        if lost:
-            choice = dict.fromkeys(name for names in known.values() for name in names)
-            raise MetisError(f"unknown system {lost[0]!r}; choose among {', '.join(choice)}")
+        chosen: dict[str, list[str]] = {task: [] for task in tasks}
+        for name in self.systems:
+            for task in tasks:
+                with contextlib.suppress(MetisError):
+                    chosen[task] += choose_systems(task, [name], self.model)
+            if not any(label(name) in map(label, names) for names in chosen.values()):
+                choice = dict.fromkeys(label(known) for task in tasks for known in systems_of(task, self.model))
+                raise MetisError(f"unknown system {name!r}; choose among {', '.join(choice)}")
         bare = [task for task, names in chosen.items() if not names]
         if bare:
-            raise MetisError(f"none of the systems belongs to the task {bare[0]}: {', '.join(known[bare[0]])}")
+            known = ", ".join(map(label, systems_of(bare[0], self.model)))
+            raise MetisError(f"none of the systems belongs to the task {bare[0]}: {known}")
         return chosen
 
 
@@ -594,15 +630,7 @@ class TrainPart(Training):
     def run(self) -> Answer:
         from metis_lib.training.recipes import Job, options_for, sizes, train
 
-        options = options_for(self.model, self.preset)
-        for text in self.option:
-            name, found, value = text.partition("=")
-            if not found:
-                raise MetisError(f"an option is name=value, not {text!r}")
-            try:
-                options[name] = json.loads(value)
-            except json.JSONDecodeError:
-                options[name] = value
+        options = options_for(self.model, self.preset) | dict(_option(text) for text in self.option)
         job = Job(
             self.model, sizes(self.out, self.preset), self.out, self._settings(self.model, self.preset), self.data,
             self.shards, self.mode, self.rank, options, self.workers,
@@ -718,6 +746,61 @@ class BenchTrain(Command):
 
         options = {key: value for key, value in vars(self).items() if key not in ("preset", "json")}
         found = bench_train(self.preset, **options)
+        return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerate(Command):
+    """Measure how fast speech is generated, against the released order of operations in the same run."""
+
+    preset: Literal["debug", "nano", "paper"] = "paper"
+    """Sizes; the weights are random."""
+    tasks: tuple[str, ...] = ("tts", "se")
+    """Among tts, vc, tse, se."""
+    seconds: float = 5.0
+    """Of speech to make."""
+    prompt: float = 5.0
+    """Seconds of the prompt."""
+    repeats: int = 3
+    """Runs of each variant, in turns; the median counts."""
+    full: bool = False
+    """Run all decoding steps, not a part of them that is counted up."""
+    batch: int = 8
+    """Utterances together, for the gain of batches."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """Folder for generate-PRESET.json and its plot."""
+
+    def run(self) -> Answer:
+        from metis_lib.speed import bench_generate, keep
+
+        options = {key: value for key, value in vars(self).items() if key not in ("preset", "json", "out")}
+        found = bench_generate(self.preset, say=_say, **options)
+        if self.out:
+            keep(found, self.out)
+        lines = [
+            f"{task}: " + ", ".join(f"{key} {value}" for key, value in values.items() if key != "parts")
+            for task, values in found["tasks"].items()
+        ]
+        return Answer("\n".join(lines), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchEvaluate(Command):
+    """Measure the judges in batch against one file at a time with the model loaded each time, as the released do."""
+
+    testset: str = "human"
+    """A folder with manifest.jsonl, or a name under eval/testsets."""
+    files: int = 12
+    """How many recordings."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def run(self) -> Answer:
+        from metis_lib.bench import bench_evaluation
+
+        found = bench_evaluation(self.testset, self.files, device=self.device)
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
@@ -901,6 +984,17 @@ def _recipe(module: str) -> Any:
     return importlib.import_module(f"recipes.{module}")
 
 
+def _option(text: str) -> tuple[str, Any]:
+    """``name=value`` with a JSON value (or a plain word)."""
+    name, found, value = text.partition("=")
+    if not found:
+        raise MetisError(f"an option is name=value, not {text!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def _trained(model: str, out: Path, scores: dict[str, Any]) -> Answer:
     lines = [f"{model} in {out}:", *(f"{key}: {value:.4g}" for key, value in scores.items())]
     return Answer("\n".join(lines), {"model": model, "out": str(out), "scores": scores})
@@ -994,7 +1088,9 @@ def _app() -> tyro.extras.SubcommandApp:
         train.command(command, name=name)
     app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
     bench.command(BenchTrain, name="train")
-    app.command(bench, name="bench", help="Measure speed: train.")
+    bench.command(BenchGenerate, name="generate")
+    bench.command(BenchEvaluate, name="evaluate")
+    app.command(bench, name="bench", help="Measure speed: train, generate, evaluate.")
     app.command(checkpoint, name="checkpoint", help="Look into checkpoints, convert and check released ones.")
     app.command(Doctor, name="doctor")
     app.command(Lab, name="lab")

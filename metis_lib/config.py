@@ -161,7 +161,7 @@ class DecodeSettings:
 
     ``top_fraction`` of the vocabulary is kept before sampling (released ``filter_thres`` is one minus it), or the
     ``top_k`` best where that is given.  ``schedule`` says how many tokens stay masked (:func:`masked.still_masked`).
-    ``guide_always`` computes the unconditional pass even where nothing is there to drop (the identity; as released).
+    ``released`` works as the released code does: every row and both passes of guidance, even without effect.
     """
 
     steps: int = 25
@@ -172,7 +172,7 @@ class DecodeSettings:
     choice_temperature: float = 1.0
     top_k: int | None = None
     schedule: str = "cosine"
-    guide_always: bool = False
+    released: bool = False
 
 
 def preset(name: str) -> SystemConfig:

@@ -102,7 +102,7 @@ class Options:
         Raises:
             MetisError: unknown option, or a value out of range.
         """
-        of_decoder = {f.name for f in fields(DecodeSettings)} - {"guide_always"}
+        of_decoder = {f.name for f in fields(DecodeSettings)} - {"released"}
         given = {key: value for key, value in given.items() if value is not None}
         first = {key: value for key, value in given.items() if key in of_decoder}
         second = {key[7:]: v for key, v in given.items() if key.startswith("stage2_") and key[7:] in of_decoder}
@@ -115,7 +115,7 @@ class Options:
         layers += (1,) * (len(steps2) - len(layers))
         for settings in (first, second, {"steps": min(layers, default=1)}):
             check(settings)
-        always: dict[str, Any] = {"guide_always": True} if released else {}
+        always: dict[str, Any] = {"released": True} if released else {}
         frames = int(given.get("batch_frames", cls.batch_frames))
         if frames < 1:
             raise MetisError(f"batch_frames must be at least 1, not {frames}")

@@ -26,7 +26,7 @@ from metis_lib.tasks import TASKS
 from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder, upsample
-from metis_lib.tokenizers.semantic import SemanticCodec
+from metis_lib.tokenizers.semantic import SemanticCodec, freeze
 from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames
 from metis_lib.tokenizers.text import PhoneTokenizer, sentences
 
@@ -58,7 +58,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "l2s": (("video", "prompt"), ()),
     "base": (("prompt",), ("seconds",)),
 }
-"""What an item of a task holds: what it must and what it may."""
+"""What an item of a task holds: what it must and what it may (and ``by``: ``omni``, to let Omni do it)."""
 
 NEEDS = {
     "se": ("ssl", "acoustic_decoder"),
@@ -199,7 +199,10 @@ class Metis:
         elif name == "acoustic_decoder" and "acoustic" in self.__dict__:
             return self.acoustic
         elif name in PARTS or name == "acoustic_decoder":
-            setattr(self, name, self.store.part(name).to(self.device))
+            part = freeze(self.store.part(name).to(self.device))
+            if isinstance(part, (Stage1, Stage2)):
+                part.diff_estimator.fuse()
+            setattr(self, name, part)
             if name == "acoustic":
                 self.acoustic_decoder = self.acoustic
         else:
@@ -236,8 +239,10 @@ class Metis:
                 adapt.fold_lora(model, lora, copy=True)
             else:
                 model._lora = lora  # type: ignore[assignment]
-                model.diff_estimator.register_forward_pre_hook(self._guard(name))
-        return model.to(self.device).eval().requires_grad_(False)
+                model.diff_estimator.layers[0].register_forward_pre_hook(self._guard(name))
+        model = model.to(self.device).eval().requires_grad_(False)
+        model.diff_estimator.fuse()
+        return model
 
     def _guard(self, name: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -433,11 +438,11 @@ class Metis:
             raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {seed!r}")
         needed, optional = SOURCES[task]
         missing = [key for key in needed if item.get(key) is None]
+        model = item.pop("by", None) or self._model_for(task)
         unknown = sorted(set(item) - {*needed, *optional})
         if missing or unknown:
             what = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
             raise MetisError(f"an item of the task {task} {what}; it takes {', '.join((*needed, *optional))}")
-        model = self._model_for(task)
         if item.get("text") is not None and task == "tse":
             model = "omni"
         info = {"task": task, "by": model, "seed": seed, "steps": options.stage1.steps, "cfg": options.stage1.cfg}
@@ -575,11 +580,11 @@ class Metis:
         return Job([Request(len(seen), generator, voice, torch.cat([nothing, seen]))], None, info)
 
     def lip_features(self, video: Any) -> Tensor:
-        """Features ``[2N, C]`` at 50 Hz of N pictures: a file, or mouth crops uint8 ``[N, 96, 96]``."""
+        """Features ``[2N, C]`` at 50 Hz of N pictures: a film, or mouth crops uint8 ``[N, 96, 96]`` (also as .npz)."""
         if isinstance(video, (str, Path)):
-            from metis_lib.data.video import read_lips
+            from metis_lib.data.video import read_crops, read_lips
 
-            video = read_lips(video)
+            video = read_crops(video) if str(video).endswith(".npz") else read_lips(video)
         crops = torch.as_tensor(video)
         if crops.dim() != 3 or crops.dtype != torch.uint8:
             raise MetisError(f"mouth crops must be uint8 [N, 96, 96], got {crops.dtype} {tuple(crops.shape)}")

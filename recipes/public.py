@@ -156,8 +156,8 @@ def prepare_rirs(folder: PathLike, out: PathLike, *, limit: int | None = 2000, s
 # ---------------------------------------------------------------- DNS-Challenge 2020
 
 
-def dns_testset(root: PathLike, out: PathLike) -> dict[str, int]:
-    """The test sets of DNS-Challenge 2020 as one manifest for evaluation, ``out/manifest.jsonl``; items by subset.
+def dns_items(root: Path, out: Path) -> list[dict[str, Any]]:
+    """Rows of the test sets of DNS-Challenge 2020, paths relative to ``out``; ``subset`` says which set.
 
     ``test_set/synthetic/{no_reverb,with_reverb}/{clean,noisy}`` are paired by the number behind ``fileid_``;
     ``real_recordings`` have no clean speech.  Nobody wrote down what is said: ``text`` is empty.
@@ -165,7 +165,7 @@ def dns_testset(root: PathLike, out: PathLike) -> dict[str, int]:
     Raises:
         MetisError: no such folders, or a noisy recording without its clean one.
     """
-    tests, out = Path(root).expanduser() / "datasets" / "test_set", Path(out).expanduser()
+    tests = root / "datasets" / "test_set"
     if not (tests / "synthetic").is_dir():
         raise MetisError(f"{root}: no datasets/test_set/synthetic in it; check out the branch interspeech2020/master")
     common = {"task": "se", "speaker": UNKNOWN, "text": "", "source": "DNS-Challenge 2020", "licence": UNKNOWN}
@@ -191,7 +191,14 @@ def dns_testset(root: PathLike, out: PathLike) -> dict[str, int]:
             )
     for path in recordings(tests / "real_recordings") if (tests / "real_recordings").is_dir() else []:
         items.append({"id": f"real-{path.stem}", "subset": "real_recordings", "noisy": stated_path(path, out)})
-    write_jsonl(out / "manifest.jsonl", (item | common for item in items))
+    return [item | common for item in items]
+
+
+def dns_testset(root: PathLike, out: PathLike) -> dict[str, int]:
+    """The rows of :func:`dns_items` as one manifest, ``out/manifest.jsonl``; returns items by subset."""
+    out = Path(out).expanduser()
+    items = dns_items(Path(root).expanduser(), out)
+    write_jsonl(out / "manifest.jsonl", items)
     return dict(Counter(item["subset"] for item in items))
 
 
@@ -228,7 +235,7 @@ LIPS = {
 _SPLITS = {"train": "train", "val": "validation", "test": "test", "pretrain": "train", "trainval": "train"}
 
 
-def _film_sound(film: Path, to: Path) -> Path:
+def film_sound(film: Path, to: Path) -> Path:
     """The sound of a film: the ``.wav`` beside it, else taken out of it to ``to`` (its own rate, one channel)."""
     if film.with_suffix(".wav").is_file() or to.is_file():
         return to if to.is_file() else film.with_suffix(".wav")
@@ -293,7 +300,7 @@ def prepare_lips(corpus: str, root: PathLike, out: PathLike, *, workers: int = 2
         film = Path(entry["video"])
         try:
             return entry | {
-                "path": str(_film_sound(film, (out / "audio" / film.relative_to(root)).with_suffix(".flac")))
+                "path": str(film_sound(film, (out / "audio" / film.relative_to(root)).with_suffix(".flac")))
             }
         except MetisError as error:
             return entry | {"path": str(film), "reason": "damaged", "detail": str(error)}

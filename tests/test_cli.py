@@ -291,7 +291,7 @@ def test_an_output_that_exists_survives_bad_input(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["generate", "generate se", "generate sing", "train", "evaluate --tasks vc", "prepare a b"]
+    "arguments", ["generate", "generate se", "generate sing", "train", "evaluate --tasks sing", "prepare a b"]
 )
 def test_wrong_usage_is_code_2_and_nothing_on_stdout(arguments, capsys):
     assert cli.main(arguments.split()) == 2

@@ -427,17 +427,18 @@ def test_synthetic_testsets_are_made_from_the_corpus(tmp_path: Path) -> None:
     store.write_jsonl(folder / "noise.jsonl", [{"id": "hum", "path": "hum.flac", "split": "test"}])
     out = testsets.build_synthetic("unseen", tmp_path, each=1)
     rows = store.read_jsonl(out / "manifest.jsonl")
-    assert [r["task"] for r in rows] == [t for t in ("codec", "se", "tse", "tts", "vc") for _ in "ab"]
+    assert [r["task"] for r in rows] == [t for t in ("codec", "l2s", "se", "tse", "tts", "vc") for _ in "ab"]
     by = {(r["task"], r["speaker"]): r for r in rows}
     speaker_of = {line["id"]: line["speaker"] for line in lines}
     for voice in "ab":
         assert by["tts", voice]["prompt"] != by["tts", voice]["clean"]
         assert speaker_of[by["tts", voice]["prompt"].removesuffix(".flac")] == voice
         assert speaker_of[by["vc", voice]["prompt"].removesuffix(".flac")] != voice
-        assert speaker_of[by["tse", voice]["interferer"]] != voice and by["se", voice]["done"]["noise"]
+        assert speaker_of[by["tse", voice]["interferer"].removesuffix(".flac")] != voice
+        assert by["se", voice]["done"]["noise"] and (out / by["l2s", voice]["video"]).is_file()
         target, mixture = (soundfile.read(out / by["tse", voice][key])[0] for key in ("clean", "noisy"))
         assert len(target) == len(mixture) and not np.array_equal(target, mixture)
-    assert {r[key] for r in rows for key in ("clean", "noisy", "prompt") if key in r} == {
+    assert {r[key] for r in rows for key in ("clean", "noisy", "prompt", "interferer") if key in r} == {
         p.name for p in out.glob("*.flac")
     }
     again = testsets.build_synthetic("unseen", tmp_path, each=1)

@@ -179,7 +179,7 @@ def calls(metis, task, **settings):
         return hook
 
     nets = {"stage1": [metis.task_model(metis._model_for(task))], "stage2": [metis.stage2_layer1, metis.stage2_full]}
-    hooks = [n.diff_estimator.register_forward_hook(count(name)) for name, some in nets.items() for n in some]
+    hooks = [n.diff_estimator.layers[0].register_forward_hook(count(name)) for name, some in nets.items() for n in some]
     options = metis.options(task, **settings)
     metis.run([metis.job(task, ITEMS[task], options)], options)
     for hook in hooks:

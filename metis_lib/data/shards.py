@@ -35,6 +35,7 @@ from metis_lib.checkpoints import load_config_and_card, locate, sha256, system_h
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.store import Row, read_manifest
 from metis_lib.errors import MetisError
+from metis_lib.tokenizers.semantic import freeze
 from metis_lib.tokenizers.ssl import fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
 
@@ -151,7 +152,7 @@ def _load(system: str, parts: Iterable[str], device: torch.device, dtype: torch.
     from metis_lib.stores import Folder, Random
 
     store: Any = Random(system) if system == "debug" else Folder(system)
-    return {part: store.part(part.removesuffix("_codec")).to(device, dtype) for part in parts}
+    return {part: freeze(store.part(part.removesuffix("_codec")).to(device, dtype)) for part in parts}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ The face detector is mediapipe's, installed in a step of its own (:data:`INSTALL
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,3 +169,12 @@ def read_lips(
         return mouth_crops(Video(Path(path), resample), detect)
     except MetisError as error:
         raise error if str(path) in str(error) else MetisError(f"{path}: {error}") from None
+
+
+def read_crops(path: str | os.PathLike[str]) -> np.ndarray:
+    """Mouth crops uint8 [N, 96, 96] of an .npz file (key ``crops``); MetisError where it holds none."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["crops"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise MetisError(f"{path} holds no mouth crops ({str(error).splitlines()[0]})") from error

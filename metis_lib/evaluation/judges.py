@@ -1,7 +1,9 @@
-"""Other people's models, run as they are: the judges that listen, and NSNet2, a peer to compare with.
+"""Other people's models, run as they are: the offline judges that listen, and NSNet2, a peer to compare with.
 
-Each loads at its first clip; weights come through :func:`metis_lib.assets.fetch` (hash-checked).  Clips are
-float32 ``[S]`` at 16 kHz.
+Each loads at its first clip; weights come through :func:`metis_lib.assets.fetch` (hash-checked).  Clips are float32
+``[S]`` at 16 kHz, many at a time: a judge takes them in parallel or in a batch where that leaves its verdicts as they
+are and saves time (measured: ``metis_lib.bench.bench_evaluation``), else one after the other.
+The judges of the paper are in :mod:`metis_lib.evaluation.paper_judges`.
 """
 
 from __future__ import annotations
@@ -9,82 +11,200 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from metis_lib import assets
-from metis_lib.errors import MetisError
-from metis_lib.evaluation.metrics import JUDGE_RATE, MetricFailure, Wave
+from metis_lib.evaluation.metrics import JUDGE_RATE, METRICS, MetricFailure, Wave, check
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _onnx(asset: str, filename: str) -> Any:
-    """An onnxruntime session of an asset's file, on the CPU with as many threads as this process may use."""
+def choose_device(asked: str, has_cuda: bool, who: str) -> str:
+    """``cuda`` or ``cpu`` for ``auto``, ``cpu`` or ``cuda``; a note on stderr where CUDA is asked for in vain."""
+    if asked.startswith("cuda") and not has_cuda:
+        assets.say(f"{who}: no CUDA here, so it runs on the CPU")
+    return "cuda" if has_cuda and asked != "cpu" else "cpu"
+
+
+def torch_device(asked: str, who: str) -> str:
+    """:func:`choose_device` for a judge that runs in torch."""
+    import torch
+
+    return choose_device(asked, torch.cuda.is_available(), who)
+
+
+def _onnx(asset: str, filename: str, device: str = "cpu") -> Any:
+    """An onnxruntime session of an asset's file; on the CPU with as many threads as this process may use."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    options.intra_op_num_threads = CORES
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # kind to a busy machine
-    return onnxruntime.InferenceSession(assets.fetch(asset) / filename, options, providers=["CPUExecutionProvider"])
+    has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    cuda = device != "cpu" and choose_device(device, has_cuda, filename) == "cuda"
+    providers = [*(["CUDAExecutionProvider"] if cuda else []), "CPUExecutionProvider"]
+    return onnxruntime.InferenceSession(assets.fetch(asset) / filename, options, providers=providers)
 
 
 class Judge:
     """Base of the judges: ``judge(wav_16k)`` returns its verdict on one clip ``[S]`` as JSON types.
 
+    Attributes:
+        protocol: the protocol id that its verdicts are kept under.
+        batch: how many clips :meth:`many` is best given at a time.
+        shortest: seconds of audio that it needs.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        language: what is spoken in the clips, for judges that hear words.
+
     Raises:
         MetricFailure: the audio is unusable, or the judge's weights cannot be had (asked for only once).
     """
 
+    protocol = ""
+    batch = 16
+    shortest = 0.1
     model: Any
     _unavailable = ""
 
+    def __init__(self, device: str = "auto", language: str = "en") -> None:
+        self.device, self.language = device, language
+
     def __call__(self, wav_16k: Wave) -> Any:
-        if not len(wav_16k) or not np.isfinite(wav_16k).all():
-            raise MetricFailure("the audio is empty or not finite")
-        if self._unavailable:
-            raise MetricFailure(self._unavailable)
+        verdict = self.many([wav_16k])[0]
+        if isinstance(verdict, MetricFailure):
+            raise verdict
+        return verdict
+
+    def many(self, wavs_16k: Sequence[Wave]) -> list[Any]:
+        """Verdicts on clips, in order; a clip that cannot be judged gives its MetricFailure and spoils no other."""
+        verdicts: list[Any] = [self._refuse(wav) for wav in wavs_16k]
+        good = [place for place, failure in enumerate(verdicts) if failure is None]
+        if not good:
+            return verdicts
+        try:
+            self._load()
+            found = self.judge_many([wavs_16k[place] for place in good])
+        except MetricFailure as failure:
+            found = [failure] * len(good) if self._unavailable or len(good) == 1 else self._singly(wavs_16k, good)
+        except Exception as error:  # of somebody else's library: whatever it is, it is this clip's alone
+            found = [_reason(error)] if len(good) == 1 else self._singly(wavs_16k, good)
+        for place, verdict in zip(good, found, strict=True):
+            verdicts[place] = verdict
+        return verdicts
+
+    def _singly(self, wavs_16k: Sequence[Wave], places: Sequence[int]) -> list[Any]:
+        return [self.many([wavs_16k[place]])[0] for place in places]
+
+    def _refuse(self, wav_16k: Wave) -> MetricFailure | None:
+        try:
+            check(wav_16k, self.shortest)
+        except MetricFailure as failure:
+            return failure
+        return MetricFailure(self._unavailable) if self._unavailable else None
+
+    def _load(self) -> None:
         try:
             _ = self.model
-        except MetisError as error:
-            self._unavailable = f"the judge is not available: {error}"
+        except Exception as error:  # no network, no package, weights of another layout
+            self._unavailable = f"the judge is not available: {_reason(error)}"
             raise MetricFailure(self._unavailable) from error
-        return self.judge(wav_16k)
+
+    def judge_many(self, wavs_16k: Sequence[Wave]) -> list[Any]:
+        """The verdicts on clips that are good, by the loaded model."""
+        return [self.judge(wav) for wav in wavs_16k]
 
     def judge(self, wav_16k: Wave) -> Any:
-        """The verdict on a clip that is not empty, by the loaded model."""
+        """The verdict on one such clip."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Drop the model, so that the next judge has the memory."""
+        """Drop the model, so that the next judge has the memory, the accelerator's too."""
         self.__dict__.pop("model", None)
         gc.collect()
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+def _reason(error: Exception) -> MetricFailure:
+    return MetricFailure((str(error) or type(error).__name__).splitlines()[0])
 
 
 class WhisperJudge(Judge):
-    """Whisper base, int8, by faster-whisper: what was said, as text."""
+    """Whisper base, int8, by faster-whisper: what was said, as text.
+
+    On a CPU every core hears a clip of its own, which is faster than many cores on one clip or batches (the encoder
+    computes 30 s whatever the clip's length); on a GPU clips go in batches.  The transcripts are the same.
+    """
+
+    protocol = METRICS["wer"]
+    workers = min(CORES, 8)
+    """Clips heard at a time on a CPU."""
 
     @functools.cached_property
     def model(self) -> Any:
+        import ctranslate2
         from faster_whisper import WhisperModel
 
-        folder = str(assets.fetch("whisper-base"))
-        return WhisperModel(folder, device="cpu", compute_type="int8", cpu_threads=0, local_files_only=True)
+        device = choose_device(self.device, ctranslate2.get_cuda_device_count() > 0, "whisper-base")
+        self.batched = device == "cuda"
+        return WhisperModel(
+            str(assets.fetch("whisper-base")), device=device, compute_type="int8", local_files_only=True,
+            cpu_threads=max(1, CORES // self.workers), num_workers=1 if self.batched else self.workers,
+        )  # fmt: skip
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        language = self.language.split("-")[0]
+        return {
+            "language": language, "beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False,
+            "without_timestamps": True, "max_new_tokens": 160,
+        }  # fmt: skip
 
     def judge(self, wav_16k: Wave) -> str:
-        segments, _ = self.model.transcribe(
-            np.ascontiguousarray(wav_16k[: 30 * JUDGE_RATE]), language="en", beam_size=5, temperature=0.0,
-            condition_on_previous_text=False, without_timestamps=True, max_new_tokens=160,
-        )  # fmt: skip
+        segments, _ = self.model.transcribe(np.ascontiguousarray(wav_16k[: 30 * JUDGE_RATE]), **self._options)
         return " ".join(segment.text.strip() for segment in segments).strip()
+
+    def judge_many(self, wavs_16k: Sequence[Wave]) -> list[str]:
+        if self.batched:
+            return self.judge_batch(wavs_16k)
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.judge, wavs_16k))
+
+    def judge_batch(self, wavs_16k: Sequence[Wave]) -> list[str]:
+        """One batch: the clips in a row, cut where each ends; what is likely no speech is left out as in ``judge``."""
+        from faster_whisper import BatchedInferencePipeline
+
+        wavs = [wav[: 30 * JUDGE_RATE] for wav in wavs_16k]
+        ends = np.cumsum([len(wav) for wav in wavs]) / JUDGE_RATE
+        starts = np.concatenate([[0.0], ends[:-1]])
+        clips = [{"start": float(a), "end": float(b)} for a, b in zip(starts, ends, strict=True)]
+        segments, _ = BatchedInferencePipeline(self.model).transcribe(
+            np.concatenate(wavs), clip_timestamps=clips, batch_size=len(wavs), **self._options
+        )
+        heard: list[list[str]] = [[] for _ in wavs]
+        for segment in segments:
+            if segment.no_speech_prob <= 0.6 or segment.avg_logprob > -1.0:  # faster-whisper's own thresholds
+                heard[int(np.searchsorted(starts, segment.start + 0.01)) - 1].append(segment.text.strip())
+        return [" ".join(parts).strip() for parts in heard]
 
 
 class SpeakerJudge(Judge):
     """SpeechBrain's ECAPA-TDNN trained on VoxCeleb: 80 log-mel bins, sentence mean removed, 192 numbers out.
 
-    One clip at a time: padding in a batch moves an embedding (cosine 0.999 to its own) and is slower.
+    Every clip by itself: padding in a batch moves an embedding (cosine 0.999 to its own) and is slower.  Cores that
+    torch leaves idle on a CPU take clips of their own.
     """
+
+    protocol = METRICS["sim_other"]
+    shortest = 0.25
 
     @functools.cached_property
     def model(self) -> Any:
@@ -97,37 +217,49 @@ class SpeakerJudge(Judge):
         from speechbrain.lobes.models.ECAPA_TDNN import ECAPA_TDNN
         from speechbrain.processing.features import InputNormalization
 
+        device = torch_device(self.device, "ECAPA-TDNN")
         network = ECAPA_TDNN(80, channels=[1024, 1024, 1024, 1024, 3072])
         weights = torch.load(assets.fetch("ecapa") / "embedding_model.ckpt", weights_only=True, map_location="cpu")
         network.load_state_dict(weights)
-        return Fbank(n_mels=80), InputNormalization(norm_type="sentence", std_norm=False), network.eval()
+        features, normalise = Fbank(n_mels=80), InputNormalization(norm_type="sentence", std_norm=False)
+        self.workers = max(1, CORES // torch.get_num_threads()) if device == "cpu" else 1
+        return features.to(device), normalise.to(device), network.eval().to(device)
+
+    def judge_many(self, wavs_16k: Sequence[Wave]) -> list[list[float]]:
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self.judge, wavs_16k))
 
     def judge(self, wav_16k: Wave) -> list[float]:
         import torch
 
-        if len(wav_16k) < JUDGE_RATE // 4:
-            raise MetricFailure("speaker similarity needs at least 0.25 s of audio")
         features, normalise, network = self.model
-        whole = torch.ones(1)
+        device = next(network.parameters()).device
+        whole = torch.ones(1, device=device)
         with torch.inference_mode():
-            mel = normalise(features(torch.from_numpy(np.array(wav_16k, dtype=np.float32))[None]), whole)
+            wav = torch.from_numpy(np.array(wav_16k, dtype=np.float32))[None].to(device)
+            mel = normalise(features(wav), whole)
             embedding = torch.nn.functional.normalize(network(mel, whole)[0, 0], dim=0)
         return [round(float(value), 7) for value in embedding]
 
 
 class DnsmosJudge(Judge):
-    """DNSMOS P.835, 2022 model, polyfit, not personalised, mean over windows (DNS-Challenge's recipe)."""
+    """DNSMOS P.835 (2022 model, polyfit, not personalised) and P.808, means over windows (DNS-Challenge's recipe).
 
+    Windows go through the networks one at a time on a CPU, where a batch of them is slower, 16 at a time on a GPU.
+    """
+
+    protocol = f"{METRICS['dnsmos_sig']}+p808"
     WINDOW = 144_160
     POLYNOMIALS = {
         "dnsmos_sig": (-0.08397278, 1.22083953, 0.0052439),
         "dnsmos_bak": (-0.13166888, 1.60915514, -0.39604546),
         "dnsmos_ovrl": (-0.06766283, 1.11546468, 0.04602535),
     }
+    KEYS = (*POLYNOMIALS, "dnsmos_p808")
 
     @functools.cached_property
     def model(self) -> Any:
-        return _onnx("speechmos", "sig_bak_ovr.onnx")
+        return tuple(_onnx("speechmos", name, self.device) for name in ("sig_bak_ovr.onnx", "model_v8.onnx"))
 
     @classmethod
     def windows(cls, wav_16k: Wave) -> NDArray[np.float32]:
@@ -138,10 +270,48 @@ class DnsmosJudge(Judge):
         return np.lib.stride_tricks.sliding_window_view(wav_16k, cls.WINDOW)[::JUDGE_RATE][:count]
 
     def judge(self, wav_16k: Wave) -> dict[str, float]:
-        windows = self.windows(np.clip(wav_16k, -1.0, 1.0).astype(np.float32))
-        raw = np.concatenate([self.model.run(None, {"input_1": window[None]})[0] for window in windows])
-        fits = zip(self.POLYNOMIALS.items(), raw.T, strict=True)
-        return {key: float(np.polyval(polynomial, scores).mean()) for (key, polynomial), scores in fits}
+        return self.judge_many([wav_16k])[0]
+
+    def judge_many(self, wavs_16k: Sequence[Wave]) -> list[dict[str, float]]:
+        parts = [self.windows(np.clip(wav, -1.0, 1.0).astype(np.float32)) for wav in wavs_16k]
+        scores = self._scores([window for windows in parts for window in windows])
+        cuts = np.cumsum([len(windows) for windows in parts])[:-1]
+        return [dict(zip(self.KEYS, part.mean(axis=0).tolist(), strict=True)) for part in np.split(scores, cuts)]
+
+    def _scores(self, windows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+        """``[N, 4]`` of windows, in the order of ``KEYS``."""
+        p835, p808 = self.model
+        size, rows = 16 if p835.get_providers()[0] == "CUDAExecutionProvider" else 1, []
+        for start in range(0, len(windows), size):
+            batch = np.stack(windows[start : start + size])
+            raw = p835.run(None, {"input_1": batch})[0].astype(np.float64)
+            fits = [np.polyval(fit, column) for fit, column in zip(self.POLYNOMIALS.values(), raw.T, strict=True)]
+            rows.append(np.stack([*fits, p808.run(None, {"input_1": log_mel(batch)})[0][:, 0]], axis=1))
+        return np.concatenate(rows)
+
+
+@functools.cache
+def _mel_filters() -> Any:
+    """Slaney's 120 mel filters from 0 to 8 kHz, each of area 1, over the 161 bins of a transform of 321: [161, 120]."""
+    import torch
+
+    knee, step = 15.0, np.log(6.4) / 27  # 15 mel are 1 kHz: below them linear, above logarithmic
+    mel = np.linspace(0, knee + np.log(8) / step, 122)
+    hertz = np.where(mel < knee, mel * 200 / 3, 1000 * np.exp((mel - knee) * step))
+    slopes, widths = hertz[:, None] - np.fft.rfftfreq(321, 1 / JUDGE_RATE), np.diff(hertz)[:, None]
+    triangles = np.maximum(0, np.minimum(-slopes[:-2] / widths[:-1], slopes[2:] / widths[1:]))
+    return torch.from_numpy((triangles * 2 / (hertz[2:] - hertz[:-2])[:, None]).T.astype(np.float32))
+
+
+def log_mel(windows_16k: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mel spectrograms ``[N, 900, 120]`` of windows ``[N, 144160]`` as P.808's network expects them (librosa's)."""
+    import torch
+
+    wav = torch.from_numpy(windows_16k[:, :-160])
+    spectrum = torch.stft(wav, 321, 160, window=torch.hann_window(321), pad_mode="constant", return_complex=True)
+    decibels = 10 * torch.log10((spectrum.abs() ** 2).transpose(1, 2).matmul(_mel_filters()).clamp(min=1e-10))
+    top = decibels.amax(dim=(1, 2), keepdim=True)
+    return (((decibels - top).clamp(min=-80.0) + 40) / 40).numpy()
 
 
 class NSNet2:

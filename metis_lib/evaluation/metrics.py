@@ -1,4 +1,4 @@
-"""Metrics that need no model (word errors, PESQ, STOI, cosine), their protocols and their confidence intervals.
+"""What every metric is, and those that need no model: errors of words, intrusive scores, pitch, duration, cosine.
 
 Every number is printed with a protocol id; numbers of different protocols never share a column.
 A metric that cannot be computed raises :class:`MetricFailure` with a reason: ``null``, never a number.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import string
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,16 +23,53 @@ JUDGE_RATE = 16_000
 MAX_DELAY_MS = 50.0
 """Generated speech is aligned by at most this delay before PESQ and STOI."""
 
+SHORTEST = 0.1
+"""Seconds; nothing is said of shorter audio."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric is; see ``SPECS``.
+
+    Attributes:
+        key: its name in rows and summaries.
+        protocol: protocol id with the offline judges.
+        label, better: its column's head, and the arrow to the better side ("" for controls and shares).
+        unit: unit or range.
+        needs: what it compares with: ``text``, or a recording or a fact of the item or clip.
+        licence: of the judge or library that does the measuring.
+        source: paper, and library.
+        intrusive: it compares sample by sample, and so punishes phase and timing of generated speech.
+        paper: protocol id with the paper's judges, where it is another.
+        only: the one set of judges that has it, if not all have.
+    """
+
+    key: str
+    protocol: str
+    label: str
+    better: str
+    unit: str
+    needs: tuple[str, ...]
+    licence: str
+    source: str
+    intrusive: bool = False
+    paper: str = ""
+    only: str = ""
+
+
 _TABLES = json.loads(Path(__file__).with_name("protocols.json").read_text(encoding="utf-8"))
+SPECS = {key: Metric(key, **about | {"needs": tuple(about["needs"])}) for key, about in _TABLES["metrics"].items()}
+"""Every metric by its key."""
 PROTOCOLS: dict[str, str] = _TABLES["protocols"]
 """Protocol id to what it means."""
-METRICS: dict[str, str] = {key: about["protocol"] for key, about in _TABLES["metrics"].items()}
-"""Metric key to protocol id."""
-LABELS: dict[str, str] = {key: about["label"] for key, about in _TABLES["metrics"].items()}
-BETTER: dict[str, str] = {key: about["better"] for key, about in _TABLES["metrics"].items()}
-"""An arrow; empty for the control ``sim_other``, the similarity to somebody else, which must be low."""
+METRICS: dict[str, str] = {key: spec.protocol for key, spec in SPECS.items()}
+"""Metric key to protocol id with the offline judges; see :func:`protocol`."""
+LABELS: dict[str, str] = {key: spec.label for key, spec in SPECS.items()}
+BETTER: dict[str, str] = {key: spec.better for key, spec in SPECS.items()}
+"""An arrow; empty for controls such as ``sim_other``, the similarity to somebody else, which must be low."""
 TASKS: dict[str, dict[str, Any]] = _TABLES["tasks"]
-"""Task to its title, its metrics and its systems that are not the model."""
+"""Task to its ``title``, its ``metrics``, headline first, its ``measures`` (what only some systems or judges can tell)
+and its ``systems`` that are not the model."""
 SYSTEM_ABOUT: dict[str, str] = _TABLES["systems"]
 WER, SIM, DNSMOS, PESQ, STOI = (METRICS[key] for key in ("wer", "sim_other", "dnsmos_sig", "pesq_wb", "stoi"))
 TaskSummary = dict[str, dict[str, dict[str, Any]]]
@@ -42,11 +81,35 @@ class MetricFailure(Exception):
     """A metric could not be computed; the message is the reason that is written beside the ``null``."""
 
 
+def protocol(key: str, judges: str = "offline", task: str = "") -> str:
+    """Protocol id of a metric under a set of judges (``offline`` or ``paper``) in a task."""
+    spec = SPECS[key]
+    if judges == "offline":
+        return spec.protocol
+    return TASKS.get(task, {}).get("paper", {}).get(key) or spec.paper or spec.protocol
+
+
+def check(wav: Wave, shortest: float = SHORTEST) -> None:
+    """Raise MetricFailure unless ``wav`` ``[S]`` at 16 kHz is finite and at least ``shortest`` seconds of sound."""
+    if not len(wav) or not np.isfinite(wav).all():
+        raise MetricFailure("the audio is empty or not finite")
+    if not np.any(wav):
+        raise MetricFailure("the audio is silent")
+    if len(wav) < shortest * JUDGE_RATE:
+        raise MetricFailure(f"{len(wav) / JUDGE_RATE:.2f} s is too short; at least {shortest:g} s of audio are needed")
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
 class WordErrors(NamedTuple):
-    """Word errors of one utterance (substitutions, deletions, insertions) and the words of its reference."""
+    """Errors of one utterance and the words (or characters) of its reference."""
 
     errors: int
     words: int
+    substitutions: int = 0
+    deletions: int = 0
+    insertions: int = 0
 
     @property
     def rate(self) -> float:
@@ -54,31 +117,70 @@ class WordErrors(NamedTuple):
         return self.errors / self.words
 
 
+SPLIT_LANGUAGES = ("zh", "ja")
+"""Languages whose words are characters."""
+
+
 @functools.cache
-def _english_normaliser() -> Callable[[str], str]:
+def _normaliser(language: str) -> Callable[[str], str]:
+    from whisper_normalizer.basic import BasicTextNormalizer
     from whisper_normalizer.english import EnglishTextNormalizer
 
-    return EnglishTextNormalizer()
+    return (
+        EnglishTextNormalizer() if language == "en" else BasicTextNormalizer(split_letters=language in SPLIT_LANGUAGES)
+    )
+
+
+def normalise(text: str, language: str = "en") -> str:
+    """Whisper's normalisation: lower case, no punctuation; in English also numbers and spellings made equal."""
+    return _normaliser(language)(text).strip()
 
 
 def normalise_english(text: str) -> str:
-    """Whisper's English normalisation: lower case, no punctuation, numbers and spellings made equal."""
-    return _english_normaliser()(text).strip()
+    """:func:`normalise` of English."""
+    return normalise(text)
 
 
-def word_errors(reference: str, heard: str) -> WordErrors:
-    """Word errors of ``heard`` against ``reference``, both normalised first.
+def normalise_seedtts(text: str, language: str = "en") -> str:
+    """As seed-tts-eval: no punctuation but the apostrophe, lower case, numbers as written; Chinese by characters."""
+    from zhon import hanzi
+
+    text = text.translate(dict.fromkeys(map(ord, set(hanzi.punctuation + string.punctuation) - {"'"})))
+    text = text.replace("  ", " ")
+    return " ".join(text) if language in SPLIT_LANGUAGES else text.lower()
+
+
+def _errors(truth: str, heard: str, *, characters: bool = False) -> WordErrors:
+    import jiwer
+
+    if not any(character.isalnum() for character in truth):
+        raise MetricFailure("the reference text has no words after normalisation")
+    found = (jiwer.process_characters if characters else jiwer.process_words)(truth, heard)
+    kinds = (found.substitutions, found.deletions, found.insertions)
+    return WordErrors(sum(kinds), found.hits + found.substitutions + found.deletions, *kinds)
+
+
+def word_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
+    """Word errors of ``heard`` against ``reference``, both by :func:`normalise`.
 
     Raises:
         MetricFailure: the reference has no words after normalisation.
     """
-    import jiwer
+    return _errors(normalise(reference, language), normalise(heard, language))
 
-    truth = normalise_english(reference)
-    if not any(character.isalnum() for character in truth):
-        raise MetricFailure("the reference text has no words after normalisation")
-    counts = jiwer.process_words(truth, normalise_english(heard))
-    return WordErrors(counts.substitutions + counts.deletions + counts.insertions, len(truth.split()))
+
+def word_errors_seedtts(reference: str, heard: str, language: str = "en") -> WordErrors:
+    """:func:`word_errors` of texts by :func:`normalise_seedtts`."""
+    return _errors(normalise_seedtts(reference, language), normalise_seedtts(heard, language))
+
+
+def character_errors(reference: str, heard: str, language: str = "en") -> WordErrors:
+    """Character errors, spaces not counted, of texts by :func:`normalise`; raises as :func:`word_errors`."""
+    texts = (normalise(text, language).replace(" ", "") for text in (reference, heard))
+    return _errors(*texts, characters=True)
+
+
+# --- sample by sample ------------------------------------------------------------------------------------
 
 
 def _delay(reference: Wave, signal: Wave, limit: int) -> tuple[int, float]:
@@ -117,25 +219,23 @@ def align(reference: Wave, signal: Wave, rate: int) -> tuple[Wave, Wave, float]:
 
 
 def _pair(reference: Wave, signal: Wave) -> tuple[Wave, Wave]:
+    if min(len(reference), len(signal)) < SHORTEST * JUDGE_RATE:
+        raise MetricFailure(f"at least {SHORTEST:g} s of audio are needed")
+    if not np.isfinite(reference).all() or not np.isfinite(signal).all():
+        raise MetricFailure("the audio is not finite")
     difference = abs(len(reference) - len(signal)) / JUDGE_RATE
     if difference > 0.25:
         raise MetricFailure(f"the lengths differ by {difference:.2f} s: not the same utterance sample by sample")
     return align(reference, signal, JUDGE_RATE)[:2]
 
 
-def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
-    """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz.
-
-    Raises:
-        MetricFailure: no utterance found, too short, or a score above 3 for what STOI finds unintelligible
-            (below 0.5): P.862 compares nothing where it finds no active speech, and then reports about 4.4.
-    """
+def _pesq(reference_16k: Wave, signal_16k: Wave, band: str) -> float:
     import pesq
 
     reference, signal = _pair(reference_16k, signal_16k)
     try:
         with np.errstate(invalid="ignore"):
-            value = float(pesq.pesq(JUDGE_RATE, reference, signal, "wb"))
+            value = float(pesq.pesq(JUDGE_RATE, reference, signal, band))
     except (pesq.PesqError, ValueError, ZeroDivisionError) as error:
         reason = error.args[0] if error.args else type(error).__name__
         reason = reason.decode() if isinstance(reason, bytes) else str(reason)
@@ -145,8 +245,23 @@ def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
     return value
 
 
-def stoi(reference_16k: Wave, signal_16k: Wave) -> float:
-    """Short-time objective intelligibility, 0 to 1, of ``[S]`` at 16 kHz.
+def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
+    """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz.
+
+    Raises:
+        MetricFailure: no utterance found, too short, or a score above 3 for what STOI finds unintelligible
+            (below 0.5): P.862 compares nothing where it finds no active speech, and then reports about 4.4.
+    """
+    return _pesq(reference_16k, signal_16k, "wb")
+
+
+def pesq_nb(reference_16k: Wave, signal_16k: Wave) -> float:
+    """PESQ P.862.1 narrow band, about 1.0 to 4.55, of ``[S]`` at 16 kHz; raises as :func:`pesq_wb`."""
+    return _pesq(reference_16k, signal_16k, "nb")
+
+
+def stoi(reference_16k: Wave, signal_16k: Wave, *, extended: bool = False) -> float:
+    """Short-time objective intelligibility, 0 to 1, of ``[S]`` at 16 kHz (``extended``: ESTOI).
 
     Raises:
         MetricFailure: fewer than 30 frames that are not silent.
@@ -154,12 +269,90 @@ def stoi(reference_16k: Wave, signal_16k: Wave) -> float:
     from pystoi import stoi as pystoi
 
     reference, signal = _pair(reference_16k, signal_16k)
+    if not np.any(reference) or not np.any(signal):
+        raise MetricFailure("STOI: the audio is silent")
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            return float(pystoi(reference, signal, JUDGE_RATE, extended=False))
+            return float(pystoi(reference, signal, JUDGE_RATE, extended=extended))
         except (RuntimeWarning, ValueError, ZeroDivisionError) as error:
             raise MetricFailure(f"STOI: {str(error).splitlines()[0]}") from error
+
+
+def estoi(reference_16k: Wave, signal_16k: Wave) -> float:
+    """Extended :func:`stoi`."""
+    return stoi(reference_16k, signal_16k, extended=True)
+
+
+def si_sdr(reference_16k: Wave, signal_16k: Wave) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB, within -100 and 100, of ``[S]`` at 16 kHz, means removed.
+
+    Raises:
+        MetricFailure: one of them is silent, or see :func:`pesq_wb` for lengths.
+    """
+    reference, signal = (np.asarray(wav, dtype=np.float64) for wav in _pair(reference_16k, signal_16k))
+    reference, signal = reference - reference.mean(), signal - signal.mean()
+    if not np.any(reference) or not np.any(signal):
+        raise MetricFailure("SI-SDR: the audio is silent")
+    target = reference * (signal @ reference) / (reference @ reference)
+    noise = signal - target
+    return float(np.clip(10 * np.log10(max(target @ target, 1e-30) / max(noise @ noise, 1e-30)), -100, 100))
+
+
+# --- pitch and duration ----------------------------------------------------------------------------------
+
+PITCH_HZ = (40.0, 800.0)
+"""Range of Praat's pitch tracker."""
+
+
+def _pitch(wav_16k: Wave, count: int) -> NDArray[np.float64]:
+    """Pitch in Hz by Praat's autocorrelation at ``count`` moments 10 ms apart; NaN where it is not voiced."""
+    try:
+        import parselmouth
+    except ImportError:
+        raise MetricFailure("pitch needs Praat: pip install praat-parselmouth") from None
+    try:
+        sound = parselmouth.Sound(np.asarray(wav_16k, dtype=np.float64), JUDGE_RATE)
+        pitch = sound.to_pitch_ac(time_step=0.01, pitch_floor=PITCH_HZ[0], pitch_ceiling=PITCH_HZ[1])
+    except parselmouth.PraatError as error:
+        raise MetricFailure(f"Praat: {str(error).splitlines()[0]}") from error
+    return np.array([pitch.get_value_at_time(0.01 * index) for index in range(count)])
+
+
+def prosody(reference_16k: Wave, signal_16k: Wave) -> dict[str, float]:
+    """How the pitch of ``[S']`` follows that of ``[S]``: ``f0_rmse`` (cents), ``f0_corr``, ``vuv_f1``.
+
+    Frames of 10 ms are aligned by dynamic time warping of mel cepstra.  Error and correlation are of the log pitch over
+    frames voiced in both; the F1 says how well voiced and unvoiced frames agree.
+
+    Raises:
+        MetricFailure: unusable audio, fewer than 10 frames voiced in both, or a pitch that moves by less than 1 cent.
+    """
+    from metis_lib.data.align import cepstra, warp
+
+    for wav in (reference_16k, signal_16k):
+        check(wav)
+    frames = [cepstra(np.asarray(wav, dtype=np.float32)) for wav in (reference_16k, signal_16k)]
+    truth, heard = (_pitch(wav, len(part)) for wav, part in zip((reference_16k, signal_16k), frames, strict=True))
+    truth = truth[np.round(warp(*frames)).astype(int)]
+    voiced, said = np.isfinite(truth), np.isfinite(heard)
+    both = voiced & said
+    if both.sum() < 10:
+        raise MetricFailure(f"pitch: {int(both.sum())} frames are voiced in both recordings; at least 10 are needed")
+    a, b = 1200 * np.log2(truth[both]), 1200 * np.log2(heard[both])
+    if min(a.std(), b.std()) < 1.0:
+        raise MetricFailure("pitch: it never moves")
+    return {
+        "f0_rmse": float(np.sqrt(np.mean((a - b) ** 2))), "f0_corr": float(np.corrcoef(a, b)[0, 1]),
+        "vuv_f1": 2 * float(both.sum()) / float(voiced.sum() + said.sum()),
+    }  # fmt: skip
+
+
+def duration_ratio(reference_16k: Wave, signal_16k: Wave) -> float:
+    """Duration of ``[S']`` divided by that of ``[S]``; MetricFailure for unusable audio."""
+    for wav in (reference_16k, signal_16k):
+        check(wav)
+    return len(signal_16k) / len(reference_16k)
 
 
 def cosine(a: Sequence[float] | NDArray[np.float64], b: Sequence[float] | NDArray[np.float64]) -> float:

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 ROOT = PACKAGE.parent
 _VERSIONS = (
     *("torch", "transformers", "peft", "speechbrain", "faster-whisper", "ctranslate2", "onnxruntime", "pesq"),
-    *("pystoi", "jiwer", "whisper-normalizer", "numpy", "scipy", "soxr", "papermill"),
+    *("pystoi", "jiwer", "whisper-normalizer", "praat-parselmouth", "zhon", "numpy", "scipy", "soxr", "papermill"),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,81 +12,146 @@ import soundfile
 
 from metis_lib import audio
 from metis_lib.assets import metis_home
-from metis_lib.errors import MetisError
-from metis_lib.evaluation import judges, metrics, record
-from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS, MetricFailure
-from metis_lib.evaluation.systems import Clip, Item
+from metis_lib.evaluation import metrics, record
+from metis_lib.evaluation.judges import DnsmosJudge, Judge
+from metis_lib.evaluation.metrics import JUDGE_RATE, SPECS, TASKS, MetricFailure
+from metis_lib.evaluation.paper_judges import choose
+from metis_lib.evaluation.systems import Clip
 from metis_lib.notebook import progress
+
+_CODE = ("audio.py", "data/align.py", *(f"evaluation/{name}.py" for name in ("judges", "metrics", "paper_judges")))
+PROSODY = ("f0_rmse", "f0_corr", "vuv_f1")
+PAIRS: dict[str, Callable[..., Any]] = {
+    "pesq_wb": metrics.pesq_wb, "stoi": metrics.stoi, "estoi": metrics.estoi, "si_sdr": metrics.si_sdr,
+    "pesq_nb": metrics.pesq_nb, "f0_rmse": metrics.prosody, "duration_ratio": metrics.duration_ratio,
+}  # fmt: skip
+"""Metrics of a clip against ``clean``; ``f0_rmse`` gives all of ``PROSODY``."""
+TEXTS = {
+    "wer": metrics.word_errors, "cer": metrics.character_errors, "wer_seedtts": metrics.word_errors_seedtts,
+}  # fmt: skip
 
 
 class Verdicts:
-    """Verdicts of judges on files, cached under ``$METIS_HOME/cache/judges`` by the files' contents."""
+    """Verdicts of judges on files, cached under ``$METIS_HOME/cache/judges`` by the files' contents.
+
+    Failures are not cached there: what could not be judged is tried again by the next run.
+    """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder, self.reused, self.computed = folder or metis_home() / "cache" / "judges", 0, 0
-        self._code = record.code_hash("audio.py", "evaluation/judges.py", "evaluation/metrics.py")
+        self._code = record.code_hash(*_CODE)
         self._hash = functools.cache(record.sha256_file)
         self._memory: dict[str, Any] = {}
 
     def get(self, protocol: str, judge: Callable[..., Any], *paths: Path) -> Any:
-        """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised.
-
-        Failures are not cached: what could not be judged is tried again by the next run.
-        """
-        key = record.sha256_of([protocol, self._code, *map(self._hash, paths)])
-        if key in self._memory:
-            return self._memory[key]
-        file = self.folder / protocol.replace("/", "_") / key[:2] / f"{key}.json"
-        stored = record.read_json(file)
-        self.reused, self.computed = self.reused + bool(stored), self.computed + (not stored)
-        try:
-            if not stored:
-                stored = {"verdict": judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths))}
-                record.write_json(file, stored)
-        except (MetricFailure, MetisError, ValueError) as failure:
-            stored = {"verdict": MetricFailure((str(failure) or type(failure).__name__).splitlines()[0])}
-        self._memory[key] = stored["verdict"]
+        """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised."""
+        key = self._key(protocol, *paths)
+        if not self._recall(protocol, key):
+            try:
+                self._keep(protocol, key, judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths)))
+            except Exception as failure:  # of whatever library: one file's failure is its own
+                self._keep(protocol, key, _failure(failure))
         return self._memory[key]
 
+    def many(self, judge: Judge, paths: Sequence[Path], label: str = "") -> list[Any]:
+        """What ``judge`` says of every recording at ``paths``, in order: a verdict or a MetricFailure each.
 
-def score(clips: Sequence[Clip], *, verdicts: Verdicts | None = None) -> list[dict[str, Any]]:
+        Recordings are read and judged ``judge.batch`` at a time, equal ones once; verdicts are kept batch by batch.
+        """
+        protocol = judge.protocol if judge.language == "en" else f"{judge.protocol}:{judge.language}"
+        keys = [self._key(protocol, path) for path in paths]
+        left = {key: path for key, path in zip(keys, paths, strict=True) if not self._recall(protocol, key)}
+        wanted = list(left.items())
+        for start in progress(range(0, len(wanted), judge.batch), label or protocol):
+            waves = {}
+            for key, path in wanted[start : start + judge.batch]:
+                try:
+                    waves[key] = audio.read(path, JUDGE_RATE).numpy()
+                except Exception as failure:
+                    self._keep(protocol, key, _failure(failure))
+            for key, verdict in zip(waves, judge.many(list(waves.values())), strict=True):
+                self._keep(protocol, key, verdict)
+        return [self._memory[key] for key in keys]
+
+    def _key(self, protocol: str, *paths: Path) -> str:
+        return record.sha256_of([protocol, self._code, *map(self._hash, paths)])
+
+    def _file(self, protocol: str, key: str) -> Path:
+        return self.folder / protocol.replace("/", "_").replace(":", "_") / key[:2] / f"{key}.json"
+
+    def _recall(self, protocol: str, key: str) -> bool:
+        """Whether the verdict is known, from this run or from the disk."""
+        if key not in self._memory and (stored := record.read_json(self._file(protocol, key))):
+            self._memory[key] = stored["verdict"]
+            self.reused += 1
+        return key in self._memory
+
+    def _keep(self, protocol: str, key: str, verdict: Any) -> None:
+        self._memory[key] = verdict
+        self.computed += 1
+        if not isinstance(verdict, MetricFailure):
+            record.write_json(self._file(protocol, key), {"verdict": verdict})
+
+
+def _failure(error: Exception) -> MetricFailure:
+    return MetricFailure((str(error) or type(error).__name__).splitlines()[0])
+
+
+def score(
+    clips: Sequence[Clip], *, verdicts: Verdicts | None = None, judges: str = "offline", device: str = "auto"
+) -> list[dict[str, Any]]:
     """One row of JSON types per clip: every metric as a number, or ``null`` with ``<metric>_error``.
 
-    Judges work one after the other, each loaded once and released; ``heard`` is what the WER judge heard.
+    Judges work one after the other, batch by batch, each loaded once and released; ``heard`` is what the WER judge
+    heard.  A metric that no item has the reference for is in no row, and a measure that a system
+    cannot have (the real-time factor of a recording) is not in its rows.
+
+    Args:
+        clips: of one task.
+        verdicts: the cache to use.
+        judges: ``offline``, or ``paper`` (see :func:`metis_lib.evaluation.metrics.protocol`).
+        device: ``auto``, ``cpu`` or ``cuda``, for the judges.
     """
-    task, keys = clips[0].item.task, TASKS[clips[0].item.task]["metrics"]
-    ask = (verdicts or Verdicts()).get
-    rows = [_row(clip) for clip in clips]
+    task = clips[0].item.task
+    keys = [
+        key for key in TASKS[task]["metrics"] + TASKS[task]["measures"]
+        if SPECS[key].only in ("", judges) and all(_has(clips, need) for need in SPECS[key].needs)
+    ]  # fmt: skip
+    verdicts, rows = verdicts or Verdicts(), [_row(clip) for clip in clips]
+    heard = [(clip.path, clip, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
+    chosen = choose(judges, task, device, list(dict.fromkeys(clip.item.language for _, clip, _ in heard)))
     for row in rows:
         if row["error"] is not None:
-            _put(row, **dict.fromkeys(keys, MetricFailure(f"no audio: {row['error']}")))
-
-    def each(protocol: str, judge: judges.Judge | None = None) -> Iterator[tuple[Path, Item, dict[str, Any]]]:
-        """Clips that have audio; after the last one the judge is released."""
-        heard = [(clip.path, clip.item, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
-        yield from progress(heard, f"{task}: {protocol}")
-        if judge:
-            judge.release()
-
-    whisper = judges.WhisperJudge()
-    for path, item, row in each(metrics.WER, whisper):
-        _put_words(row, item.text, ask(metrics.WER, whisper, path))
-    speaker = judges.SpeakerJudge()
-    for path, item, row in each(metrics.SIM, speaker):
-        for key in (key for key in keys if key.startswith("sim_")):
-            voices = [ask(metrics.SIM, speaker, voice) for voice in (path, item.reference(key)) if voice]
-            failed = [voice for voice in voices if isinstance(voice, MetricFailure)]
-            if len(voices) < 2:
-                failed = [MetricFailure("the test set has no other speaker here")]
-            _put(row, **{key: failed[0] if failed else metrics.cosine(*voices)})
-    dnsmos = judges.DnsmosJudge()
-    for path, _, row in each(metrics.DNSMOS, dnsmos):
-        verdict = ask(metrics.DNSMOS, dnsmos, path)
-        _put(row, **(verdict if isinstance(verdict, dict) else dict.fromkeys(dnsmos.POLYNOMIALS, verdict)))
-    if "stoi" in keys:
-        for path, item, row in each(f"{metrics.PESQ}, {metrics.STOI}"):
-            _put(row, pesq_wb=ask(metrics.PESQ, metrics.pesq_wb, item.clean, path))
-            _put(row, stoi=ask(metrics.STOI, metrics.stoi, item.clean, path))
+            lost = [key for key in keys if not {"seconds_to_make", "measured"} & set(SPECS[key].needs)]
+            _put(row, **dict.fromkeys(lost, MetricFailure(f"no audio: {row['error']}")))
+    for role, judge in chosen.items():
+        kind, _, language = role.partition(":")
+        mine = [(path, clip, row) for path, clip, row in heard if kind != "words" or clip.item.language == language]
+        voices = [key for key in keys if key.startswith("sim_")] if kind == "voice" else []
+        others = [voice for _, clip, _ in mine for key in voices if (voice := clip.item.reference(key))]
+        paths = [path for path, _, _ in mine]
+        found = dict(
+            zip(paths + others, verdicts.many(judge, paths + others, f"{task}: {judge.protocol}"), strict=True)
+        )
+        judge.release()
+        for path, clip, row in mine:
+            if kind == "words":
+                _put_words(row, clip.item.text or "", found[path], keys, language)
+            elif kind == "voice":
+                for key in voices:
+                    _put(row, **{key: _similarity(found[path], found.get(clip.item.reference(key)))})  # type: ignore[arg-type]
+            else:
+                _put_all(row, DnsmosJudge.KEYS if kind == "opinion" else ("nisqa",), found[path])
+    for path, clip, row in progress(heard, f"{task}: against the clean recording"):
+        for key in (key for key in keys if key in PAIRS):
+            absent = MetricFailure("the test set has no clean recording here")
+            clean = clip.item.clean
+            verdict = verdicts.get(SPECS[key].protocol, PAIRS[key], clean, path) if clean else absent
+            _put_all(row, PROSODY if key == "f0_rmse" else (key,), verdict)
+        measured: dict[str, Any] = dict(clip.measured)
+        if clip.seconds_to_make is not None:
+            measured["rtf"] = clip.seconds_to_make / row["seconds"] if row["seconds"] else MetricFailure("no audio")
+        _put(row, **{key: value for key, value in measured.items() if key in keys})
     return rows
 
 
@@ -98,8 +163,18 @@ def _row(clip: Clip) -> dict[str, Any]:
         "heard": None, "audio": f"audio/{path.name}" if path else None,
         "sha256": record.sha256_file(path) if path else None,
         "seconds": round(soundfile.info(str(path)).duration, 4) if path else None,
-        "seconds_to_make": clip.seconds_to_make, "error": clip.error, "word_errors": None, "words": None,
+        "seconds_to_make": clip.seconds_to_make, "error": clip.error, **dict.fromkeys(_COUNTS),
     }  # fmt: skip
+
+
+def _has(clips: Sequence[Clip], need: str) -> bool:
+    """Whether some item has what a metric needs; facts of clips are looked for later."""
+    return any(getattr(clip.item, need, True) for clip in clips)
+
+
+def _put_all(row: dict[str, Any], keys: Sequence[str], verdict: Any) -> None:
+    """A verdict on several metrics at once, or on one, or why there is none."""
+    _put(row, **(verdict if isinstance(verdict, dict) else dict.fromkeys(keys, verdict)))
 
 
 def _put(row: dict[str, Any], **values: float | MetricFailure) -> None:
@@ -111,13 +186,27 @@ def _put(row: dict[str, Any], **values: float | MetricFailure) -> None:
             row[f"{key}_error"] = str(value) if isinstance(value, MetricFailure) else f"not a finite number ({value})"
 
 
-def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure) -> None:
-    """What was heard, its word errors and their rate."""
-    if isinstance(heard, MetricFailure):
-        return _put(row, wer=heard)
-    row["heard"] = heard
-    try:
-        row["word_errors"], row["words"] = counts = metrics.word_errors(text, heard)
-        _put(row, wer=counts.rate)
-    except MetricFailure as failure:
-        _put(row, wer=failure)
+def _similarity(mine: Any, other: Any) -> float | MetricFailure:
+    """Cosine of two embeddings, or why there is none."""
+    if other is None:
+        return MetricFailure("the test set has no such recording here")
+    failed = [voice for voice in (mine, other) if isinstance(voice, MetricFailure)]
+    return failed[0] if failed else metrics.cosine(mine, other)
+
+
+_COUNTS = ("word_errors", "words", "substitutions", "deletions", "insertions")
+
+
+def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure, keys: Sequence[str], language: str) -> None:
+    """What was heard, its errors by every protocol of text, and the counts of the first."""
+    if isinstance(heard, str):
+        row["heard"] = heard
+    for key in (key for key in TEXTS if key in keys):
+        try:
+            if isinstance(heard, MetricFailure):
+                raise heard
+            counts = TEXTS[key](text, heard, language)
+            _put(row, **{key: counts.rate})
+            row.update(zip(_COUNTS, counts, strict=True) if key == "wer" else {})
+        except MetricFailure as failure:
+            _put(row, **{key: failure})

@@ -5,50 +5,74 @@ Audio is kept by the hash of everything that made it, so that a killed run goes 
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from metis_lib import audio
+from metis_lib import audio, bulk
 from metis_lib.assets import metis_home
+from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import NSNet2
 from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
-from metis_lib.pipeline import Metis
+from metis_lib.pipeline import Job, Metis
 
 _MODEL_CODE = (
-    *("audio.py", "config.py", "pipeline.py", "generation.py", "stores.py", "checkpoints.py"),
+    *("audio.py", "config.py", "pipeline.py", "generation.py", "bulk.py", "stores.py", "checkpoints.py"),
     *("models", "tokenizers", "tasks"),
 )
 
 
+NEEDED = {
+    "codec": ("text", "clean"), "se": ("noisy",), "tts": ("text", "clean", "prompt", "prompt_text"),
+    "vc": ("text", "clean", "prompt"), "tse": ("text", "clean", "noisy", "prompt"),
+    "l2s": ("text", "clean", "video", "prompt"),
+}  # fmt: skip
+"""What a row of a task has besides id and speaker (real noisy recordings have neither text nor clean speech)."""
+PLACES = ("clean", "noisy", "prompt", "other", "interferer", "video")
+
+
 @dataclass(frozen=True)
 class Item:
-    """One row of a test set; ``other`` is a recording of another speaker (the control)."""
+    """One row of a test set.
+
+    Attributes:
+        clean: what is to be said (codec, se, tse, tts, l2s), or the source (vc).
+        noisy: the input of se, the mixture of tse.
+        prompt, prompt_text: a recording of the wanted voice, and what it says.
+        other: a recording of another speaker (the control).
+        interferer: a recording of the other voice in a mixture.
+        video: a film, or mouth crops uint8 [N, 96, 96] as .npz (key ``crops``).
+    """
 
     id: str
     task: str
     speaker: str
-    text: str
-    clean: Path
+    text: str = ""
+    clean: Path | None = None
     noisy: Path | None = None
     prompt: Path | None = None
     prompt_text: str = ""
     other: Path | None = None
+    interferer: Path | None = None
+    video: Path | None = None
+    language: str = "en"
     extra: dict[str, Any] = field(default_factory=dict)
 
     def reference(self, key: str) -> Path | None:
         """The recording that a similarity metric compares with."""
-        return {"sim_prompt": self.prompt, "sim_target": self.clean, "sim_other": self.other}[key]
+        return {
+            "sim_prompt": self.prompt, "sim_target": self.clean, "sim_source": self.clean, "sim_other": self.other,
+            "sim_interferer": self.interferer,
+        }[key]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,8 @@ class Clip:
     path: Path | None
     seconds_to_make: float | None = None
     error: str | None = None
+    measured: dict[str, float] = field(default_factory=dict)
+    """What the system knows of it: ``token_accuracy``, ``codes_used`` (shares)."""
 
 
 def testset_folder(testset: str | Path) -> Path:
@@ -83,7 +109,7 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     if limit is not None and limit < 1:
         raise MetisError(f"limit is a positive number of items, got {limit}")
     folder = testset_folder(testset)
-    needed = ["id", "speaker", "text", "clean", *{"se": ["noisy"], "tts": ["prompt", "prompt_text"]}.get(task, [])]
+    needed = ["id", "speaker", *NEEDED[task]]
     rows: dict[str, dict[str, Any]] = {}
     for number, line in enumerate((folder / "manifest.jsonl").read_text().splitlines(), 1):
         try:
@@ -99,13 +125,15 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         rows[row["id"]] = row
     if not rows:
         raise MetisError(f"the test set {folder.name} has no items for the task {task}")
-    voices = {row["speaker"]: row["prompt" if task == "tts" else "clean"] for row in reversed(rows.values())}
+    key = "prompt" if task in ("tts", "l2s") else "clean"
+    voices = {row["speaker"]: row[key] for row in reversed(rows.values()) if row.get(key)}
     speakers = sorted(voices)
     items = []
     for row in list(rows.values())[:limit]:
-        neighbour = speakers[(speakers.index(row["speaker"]) + 1) % len(speakers)]
-        row["other"] = voices[neighbour] if neighbour != row["speaker"] else None
-        row |= {key: (folder / row[key]).resolve() for key in ("clean", "noisy", "prompt", "other") if row.get(key)}
+        others = [speaker for speaker in speakers if speaker != row["speaker"]]
+        after = next((speaker for speaker in others if speaker > row["speaker"]), others[0] if others else None)
+        row["other"] = voices[after] if after else None
+        row |= {key: (folder / row[key]).resolve() for key in PLACES if row.get(key)}
         for path in row.values():
             if isinstance(path, Path) and not path.is_file():
                 raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
@@ -115,67 +143,131 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     return items
 
 
-def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
-    """All systems of a task: the fixed rows and, except for the codec, the model (named as its folder)."""
-    return [*TASKS[task]["systems"], *([] if task == "codec" else [Path(checkpoint).name])]
-
-
-def choose_systems(task: str, asked: Sequence[str] | None, checkpoint: str) -> list[str]:
-    """The systems that are asked for, or all; a MetisError if one is unknown or named twice."""
-    known = systems_of(task, checkpoint)
-    unknown = [system for system in asked or () if system not in known]
-    if unknown or len(set(asked or ())) < len(asked or ()):
-        what = f"unknown system {unknown[0]!r}" if unknown else "a system twice"
-        raise MetisError(f"{what} for the task {task}; choose among {', '.join(known)}")
-    return list(asked or known)
+OMNI, TOLD = "-omni", "-omni-text"
+"""What the name of a checkpoint's row ends in where Omni does the task, and where it is told the words (tse)."""
 
 
 class Systems:
-    """Makes audio: every system is a function of an item and a seed; models load at their first use."""
+    """Makes audio: every system is a function of an item and a seed; models load at their first use.
 
-    def __init__(self, checkpoint: str = "nano", device: str = "auto") -> None:
-        self.checkpoint, self.device, self._nsnet2 = checkpoint, device, NSNet2()
+    A row is one of the task's fixed systems, or a checkpoint (its name), done by the weights of the task or (``-omni``,
+    ``-omni-text``) by Omni's.
+    """
+
+    def __init__(
+        self, checkpoint: str = "nano", device: str = "auto", *, dtype: str = "float32",
+        options: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.checkpoint, self.device, self.dtype, self.options = checkpoint, device, dtype, options or {}
+        self._nsnet2, self._loaded = NSNet2(), dict[str, Metis]()
         self._hashes = record.checkpoint_hashes(checkpoint)
         self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
 
-    @functools.cached_property
-    def _metis(self) -> Metis:
-        return Metis.from_pretrained(self.checkpoint, device=self.device)
+    def metis(self, checkpoint: str | None = None) -> Metis:
+        """A model, loaded once."""
+        name = checkpoint or self.checkpoint
+        if name not in self._loaded:
+            self._loaded = {key: held for key, held in self._loaded.items() if key == self.checkpoint}
+            self._loaded[name] = Metis.from_pretrained(name, device=self.device, dtype=self.dtype)
+        return self._loaded[name]
 
     @property
     def used_device(self) -> str:
-        """Where the model ran, if it did; the judges run on the CPU."""
-        return str(self._metis.device) if "_metis" in self.__dict__ else "cpu"
+        """Where the models ran, if they did."""
+        return ", ".join(dict.fromkeys(str(metis.device) for metis in self._loaded.values())) or "cpu"
+
+    def close(self) -> None:
+        """Let go of the models, so that the judges have the memory."""
+        self._loaded.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def source(self, system: str, item: Item) -> Path | None:
         """The file of the test set that a system is, or None if it has to be made."""
-        return {"recording": item.clean, "clean": item.clean, "noisy": item.noisy}.get(system)
+        names = {"recording": "clean", "clean": "clean", "source": "clean", "noisy": "noisy", "mixture": "noisy"}
+        return getattr(item, names[system]) if system in names else None
 
-    def key(self, system: str, item: Item, seed: int | None) -> str:
-        """Hash of everything that the audio depends on."""
-        inputs = [item.noisy if item.task == "se" and system != "resynthesis" else item.clean, item.prompt]
-        parts: dict[str, Any] = {
-            "system": system if system in TASKS[item.task]["systems"] else "model", "task": item.task,
-            "inputs": [record.sha256_file(path) if path else None for path in inputs],
-            "texts": [item.text, item.prompt_text], "seed": seed,
-        }  # fmt: skip
+    def key(self, system: str, item: Item) -> str:
+        """Hash of everything that the audio of a fixed system depends on."""
+        heard = item.noisy if system in ("nsnet2", "noisy", "mixture") else item.clean
+        if heard is None:
+            raise MetisError(f"the test set has no clean recording of {item.id}")
+        parts: dict[str, Any] = {"system": system, "task": item.task, "source": record.sha256_file(heard)}
         if system == "nsnet2":
-            parts["code"] = self._code["nsnet2"]
+            parts |= {"code": self._code["nsnet2"]}
         elif self.source(system, item) is None:
-            parts |= {"code": self._code["model"], "device": self.device, **self._hashes}
-            parts["name"] = self.checkpoint if self._hashes["checkpoint_sha256"] is None else None
+            parts |= {"code": self._code["model"], "device": self.device, "name": self.checkpoint, **self._hashes}
         return record.sha256_of(parts)
 
-    def make(self, system: str, item: Item, seed: int | None) -> audio.Speech:
-        """Let ``system`` work on ``item``."""
+    def make(self, system: str, item: Item) -> audio.Speech:
+        """Let a fixed system work on ``item``."""
         if system == "nsnet2":
             wav = self._nsnet2(audio.read(str(item.noisy), JUDGE_RATE).numpy())
             return audio.Speech(torch.from_numpy(wav), JUDGE_RATE)
-        if system == "resynthesis":
-            return self._metis.resynthesise(str(item.clean))
-        if item.task == "se":
-            return self._metis.enhance(str(item.noisy), seed=seed or 0)
-        return self._metis.speak(item.text, prompt=str(item.prompt), prompt_text=item.prompt_text, seed=seed or 0)
+        return self.metis().resynthesise(str(item.clean))
+
+    def about(self, checkpoint: str) -> dict[str, Any]:
+        """What the audio of a checkpoint depends on, besides the items."""
+        hashes = self._hashes if checkpoint == self.checkpoint else record.checkpoint_hashes(checkpoint)
+        return {"code": self._code["model"], "device": self.device, "dtype": self.dtype, "name": checkpoint, **hashes}
+
+
+def split_name(system: str) -> tuple[str, str]:
+    """A row's name as (checkpoint, ``""``, ``-omni`` or ``-omni-text``)."""
+    ending = next((end for end in (TOLD, OMNI) if system.endswith(end)), "")
+    return system.removesuffix(ending), ending
+
+
+def label(system: str) -> str:
+    """How a row is called: of a checkpoint's path only the last part."""
+    checkpoint, ending = split_name(system)
+    return f"{Path(checkpoint).name}{ending}"
+
+
+def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
+    """All systems of a task: the fixed rows and, where the checkpoint has weights for it, the model's."""
+    if task == "codec":
+        return list(TASKS[task]["systems"])
+    try:
+        tasks = tasks_of(checkpoint)
+    except MetisError:
+        tasks = {task}  # the notebook says what is wrong with it
+    omni = "omni" in tasks and task != "l2s"
+    rows = [(task in tasks, ""), (omni, OMNI), (omni and task == "tse", TOLD)]
+    return [*TASKS[task]["systems"], *(f"{checkpoint}{end}" for there, end in rows if there)]
+
+
+def tasks_of(checkpoint: str) -> set[str]:
+    """The tasks that a checkpoint has weights for."""
+    from metis_lib.checkpoints import own_system
+    from metis_lib.stores import Folder
+
+    if checkpoint == "debug" or checkpoint.startswith("random-") or not own_system(checkpoint):
+        return {*TASKS, "omni"}
+    return set(Folder(checkpoint).tasks)
+
+
+def choose_systems(task: str, asked: Sequence[str] | None, checkpoint: str) -> list[str]:
+    """The systems that are asked for (other checkpoints among them), or all; a MetisError for an unknown one."""
+    known = systems_of(task, checkpoint)
+    by_label = {label(name): name for name in known}
+    chosen = [by_label.get(name, name) for name in asked or known]
+    for name in chosen:
+        other, ending = split_name(name)
+        if name in known or (task != "codec" and _can(other, "omni" if ending else task)):
+            continue
+        raise MetisError(f"unknown system {name!r} for the task {task}; choose among {', '.join(by_label)}")
+    twice = next((name for name in chosen if [label(other) for other in chosen].count(label(name)) > 1), None)
+    if twice is not None:
+        raise MetisError(f"a system twice for the task {task}: {label(twice)}")
+    return chosen
+
+
+def _can(checkpoint: str, task: str) -> bool:
+    try:
+        return task in tasks_of(checkpoint)
+    except MetisError:
+        return False
 
 
 def produce(
@@ -187,31 +279,90 @@ def produce(
     An item that a system refuses (a MetisError) becomes a clip without a path that carries the reason.
     """
     task, maker = items[0].task, maker or Systems()
-    chosen = choose_systems(task, systems, maker.checkpoint)
-    seeds_of = {system: (None,) if system in TASKS[task]["systems"] else seeds for system in chosen}
-    jobs = [(system, seed, item) for system in chosen for seed in seeds_of[system] for item in items]
-    clips = []
-    for system, seed, item in progress(jobs, f"{task}: audio"):
-        path = Path(out) / task / system / "audio" / (item.id if seed is None else f"{item.id}.seed{seed}")
-        source, note_path = maker.source(system, item), path.with_name(f"{path.name}.json")
-        path = path.with_name(f"{path.name}{source.suffix if source else '.flac'}")
-        key, note = maker.key(system, item, seed), record.read_json(note_path)
-        if note and note["key"] == key and path.is_file() and record.sha256_file(path) == note["sha256"]:
-            clips.append(Clip(item, system, seed, path, note["seconds_to_make"]))
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start, took = time.perf_counter(), None
-        try:
-            if source:
-                shutil.copyfile(source, path)
-            else:
-                made = maker.make(system, item, seed)
-                audio.write(path, made.wav, made.sample_rate)
-                took = round(time.perf_counter() - start, 3)
-        except MetisError as error:
-            path.unlink(missing_ok=True)
-            clips.append(Clip(item, system, seed, None, error=str(error)))
-            continue
-        record.write_json(note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took})
-        clips.append(Clip(item, system, seed, path, took))
+    clips: list[Clip] = []
+    for system in choose_systems(task, systems, maker.checkpoint):
+        folder = Path(out) / task / label(system) / "audio"
+        if system in TASKS[task]["systems"]:
+            clips += [_fixed(maker, system, item, folder) for item in progress(items, f"{task}: {system}")]
+        else:
+            clips += _generated(maker, system, items, folder, seeds)
     return clips
+
+
+def _fixed(maker: Systems, system: str, item: Item, folder: Path) -> Clip:
+    """A recording of the test set, or what is made of it the same way every time."""
+    source = maker.source(system, item)
+    path, note_path = folder / f"{item.id}{source.suffix if source else '.flac'}", folder / f"{item.id}.json"
+    try:
+        key, note = maker.key(system, item), record.read_json(note_path)
+    except MetisError as error:
+        return Clip(item, system, None, None, error=str(error))
+    if note and note["key"] == key and path.is_file() and record.sha256_file(path) == note["sha256"]:
+        return Clip(item, system, None, path, note["seconds_to_make"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start, took = time.perf_counter(), None
+    try:
+        if source:
+            partial = path.with_name(f".{path.name}.part")
+            shutil.copyfile(source, partial)
+            partial.replace(path)
+        else:
+            made = maker.make(system, item)
+            audio.write(path, made.wav, made.sample_rate)
+            took = round(time.perf_counter() - start, 3)
+    except MetisError as error:
+        path.unlink(missing_ok=True)
+        return Clip(item, system, None, None, error=str(error))
+    record.write_json(note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took})
+    return Clip(item, system, None, path, took)
+
+
+def _generated(maker: Systems, system: str, items: Sequence[Item], folder: Path, seeds: Sequence[int]) -> list[Clip]:
+    """What a checkpoint generates, in batches."""
+    checkpoint, ending = split_name(system)
+    metis, task = maker.metis(checkpoint), items[0].task
+    wanted = {f"{item.id}.seed{seed}": (item, seed) for seed in seeds for item in items}
+    given = [{"id": id, "seed": seed, **_ask(item, ending)} for id, (item, seed) in wanted.items()]
+    shown = iter(progress(range(len(given)), f"{task}: {label(system)}"))
+    found = bulk.generate_all(
+        metis, task, given, folder, options=maker.options, about=maker.about(checkpoint),
+        measure=_measures(metis, {id: item for id, (item, _) in wanted.items()}),
+        progress=lambda *_: next(shown, None),  # type: ignore[arg-type]
+    )  # fmt: skip
+    log, clips = bulk.read_log(folder), []
+    for id, (item, seed) in wanted.items():
+        entry = log.get(id, {})
+        path = None if id in found["failed"] else folder / entry["output"]
+        error = found["failed"].get(id)
+        took = None if path is None else entry["seconds_to_make"]
+        clips.append(Clip(item, label(system), seed, path, took, error, entry.get("measured", {})))
+    return clips
+
+
+def _ask(item: Item, ending: str) -> dict[str, Any]:
+    """An item as :meth:`Metis.generate` takes it."""
+    prompt = {"prompt": str(item.prompt)} if item.prompt else {}
+    texts = {"text": item.text, "prompt_text": item.prompt_text, "language": item.language}
+    asked = {
+        "se": {"source": str(item.noisy)}, "vc": {"source": str(item.clean), **prompt}, "tts": {**texts, **prompt},
+        "tse": {"source": str(item.noisy), **prompt, **(texts if ending == TOLD else {})},
+        "l2s": {"video": str(item.video), **prompt},
+    }[item.task]  # fmt: skip
+    return asked | ({"by": "omni"} if ending else {})
+
+
+def _measures(metis: Metis, items: dict[str, Item]) -> Callable[[str, Job], dict[str, float]]:
+    """What is told of a job's tokens: how many distinct ones a frame, and how many are those of the clean recording."""
+
+    def measure(id: str, job: Job) -> dict[str, float]:
+        tokens = torch.cat([made.tokens for made in job.made])
+        found = {"codes_used": round(len(tokens.unique()) / len(tokens), 4)}
+        recording = items[id].clean
+        if items[id].task in ("se", "tse") and recording is not None:
+            clean = metis.ssl_tokens(metis.features(audio.read(recording, AUDIO_RATE)))[0]
+            size = min(len(clean), len(tokens))
+            same = clean[:size] == tokens[:size].to(clean.device)
+            found["token_accuracy"] = round(float(same.float().mean()), 4)
+        return found
+
+    return measure

@@ -17,7 +17,7 @@ from metis_lib.config import DecodeSettings
 from metis_lib.errors import MetisError
 
 Noise = Callable[[tuple[int, ...]], Tensor]
-Predict = Callable[[Tensor, Tensor, float], Tensor]
+Predict = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
 
 
 def mask_ratio(t: Tensor) -> Tensor:
@@ -53,26 +53,30 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     return -torch.log(-torch.log(u + 1e-10) + 1e-10).to(device)
 
 
-def noise_from(
-    generator: torch.Generator | Sequence[torch.Generator] | None, lengths: Tensor, device: torch.device
-) -> Noise:
-    """Gumbel noise for one decoding of utterances of ``lengths [B]``.
+class Draws:
+    """Gumbel noise for one decoding.
 
     One generator is drawn from for the whole batch (as released).  A sequence has one an utterance: each gets the
     noise that it would get alone, whatever else is in the batch and however long that is.
     """
-    if generator is None or isinstance(generator, torch.Generator):
-        return lambda shape: gumbel(shape, generator, device)
-    # An utterance that is done earlier than the batch draws more here than alone: the draws get a generator of
-    # their own, and what comes after them is the same.
-    own = [torch.Generator(g.device).manual_seed(int(torch.randint(2**62, (1,), generator=g))) for g in generator]
-    sizes = lengths.tolist()
 
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        rows = [gumbel((n, *shape[2:]), g, device) for n, g in zip(sizes, own, strict=True)]
+    def __init__(self, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device) -> None:
+        self.device, self.shared = device, None
+        if generator is None or isinstance(generator, torch.Generator):
+            self.shared = (generator,)
+            return
+        # An utterance that is done earlier than the batch draws more here than alone: the draws get a generator of
+        # their own, and what comes after them is the same.
+        self.own = [
+            torch.Generator(g.device).manual_seed(int(torch.randint(2**62, (1,), generator=g))) for g in generator
+        ]
+
+    def __call__(self, sizes: Sequence[int], *width: int) -> Tensor:
+        """``[B, max(sizes), *width]``, of which each utterance uses the first of ``sizes`` rows."""
+        if self.shared:
+            return gumbel((len(sizes), max(sizes), *width), self.shared[0], self.device)
+        rows = [gumbel((n, *width), g, self.device) for n, g in zip(sizes, self.own, strict=True)]
         return rows[0][None] if len(rows) == 1 else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-    return draw
 
 
 def exists(lengths: Tensor, horizon: int) -> Tensor:
@@ -85,11 +89,14 @@ def places(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def keep_top(logits: Tensor, fraction: float, count: int | None = None) -> Tensor:
-    """All but the highest ``count`` or ``ceil(fraction * V)`` logits of the last axis become ``-inf``."""
-    k = min(count or max(1, math.ceil(fraction * logits.shape[-1])), logits.shape[-1])
-    values, indices = logits.topk(k, dim=-1)
-    return torch.full_like(logits, float("-inf")).scatter(-1, indices, values)
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``[B, K]`` of ``x [B, T, H]``."""
+    return x.gather(1, rows[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def kept(settings: DecodeSettings, vocabulary: int) -> int:
+    """How many of the best logits may be drawn: ``top_k``, or ``ceil(top_fraction * V)``."""
+    return min(settings.top_k or max(1, math.ceil(settings.top_fraction * vocabulary)), vocabulary)
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, rescale: float, mask: Tensor | None = None) -> Tensor:
@@ -136,41 +143,72 @@ class MaskedTrace:
         )
 
 
-def decode(predict: Predict, lengths: Tensor, settings: DecodeSettings, *, noise: Noise) -> MaskedTrace:
+def times(settings: DecodeSettings) -> list[float]:
+    """The time of each step, from 1 down."""
+    return [1 - step / settings.steps for step in range(settings.steps)]
+
+
+def decode(
+    predict: Predict, lengths: Tensor, settings: DecodeSettings, *,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None, noise: Noise | None = None,
+) -> MaskedTrace:  # fmt: skip
     """Fill a fully masked sequence in ``settings.steps`` steps, most confident tokens first.
 
     Args:
-        predict: ``(tokens [B, T], masked [B, T], t) -> logits [B, T, V]``.
+        predict: ``(tokens [B, T], masked [B, T], step, rows) -> logits``: ``[B, K, V]`` of the positions
+            ``rows [B, K]``, or ``[B, T, V]`` where ``rows`` is None.
         lengths: ``[B]`` int64, tokens to make for each utterance; the longest sets ``T``.
-        settings: steps, temperatures, kept fraction.
-        noise: ``shape -> Gumbel noise``; see :func:`gumbel`.
+        settings: steps, temperatures, kept fraction.  Only tokens that are still masked are predicted and drawn, and
+            only among the logits that are kept; with ``released`` all are, and drawn from the whole vocabulary.
+        generator: see :class:`Draws`.
+        noise: ``shape -> Gumbel noise``, recorded: the released order of draws.
 
     Once kept, a token never changes.  Temperatures fall linearly to zero with ``t``; the last of several
     steps is greedy, a single step samples at temperature 0.2 (as released).
     """
-    device, steps, horizon = lengths.device, settings.steps, int(lengths.max())
+    device, steps, sizes = lengths.device, settings.steps, lengths.tolist()
+    batch, horizon = len(sizes), max(sizes)
+    whole, draw = settings.released or noise is not None, Draws(generator, device)
+    on_host = lengths.cpu()  # how many stay masked is known beforehand: nothing waits for the device
+    plan = [still_masked(step, steps, on_host, settings.schedule).tolist() for step in range(steps)]
     masked = exists(lengths, horizon)
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=device)
+    place = torch.arange(horizon, device=device).expand(batch, -1)
+    rows, hidden = place, sizes
     sequences, masks = [], []
-    for step in range(steps):
-        t = 1 - step / steps
-        logits = keep_top(predict(tokens, masked, t).float(), settings.top_fraction, settings.top_k)
+    for step, t in enumerate(times(settings)):
+        logits = predict(tokens, masked, step, None if whole else rows).float()
+        values, indices = logits.topk(kept(settings, logits.shape[-1]), dim=-1)
         if steps > 1 and step == steps - 1:
-            chosen = logits.argmax(dim=-1)
+            pick = values.new_zeros(*values.shape[:2], 1, dtype=torch.long)  # topk is sorted
         else:
-            temperature = 0.2 if steps == 1 else max(settings.temperature * t, 1e-3)
-            chosen = (logits / temperature + noise(tuple(logits.shape))).argmax(dim=-1)
-        tokens = torch.where(masked, chosen, tokens)
-        confidence = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
-        confidence = confidence + settings.choice_temperature * t * noise(tuple(confidence.shape))
+            drawn = values / (0.2 if steps == 1 else max(settings.temperature * t, 1e-3))
+            if noise is not None:
+                drawn = drawn + noise(tuple(logits.shape)).gather(-1, indices)
+            elif whole:
+                drawn = drawn + draw(sizes, logits.shape[-1]).gather(-1, indices)
+            else:
+                drawn = drawn + draw(hidden, values.shape[-1])
+            pick = drawn.argmax(dim=-1, keepdim=True)
+        chosen = indices.gather(-1, pick)[..., 0]
+        likely = values.softmax(dim=-1).gather(-1, pick)[..., 0]
+        spread = noise(tuple(likely.shape)) if noise is not None else draw(sizes if whole else hidden)
+        likely = likely + settings.choice_temperature * t * spread
+        if whole:
+            tokens, confidence = torch.where(masked, chosen, tokens), likely
+        else:  # positions that are no longer masked (of an utterance that has fewer) keep what they have
+            chosen = torch.where(masked.gather(1, rows), chosen, tokens.gather(1, rows))
+            tokens = tokens.scatter(1, rows, chosen)
+            confidence = likely.new_zeros(batch, horizon).scatter(1, rows, likely)
         sequences.append(tokens)
-        count = still_masked(step, steps, lengths, settings.schedule)
-        if int(count.max()) == 0:
+        hidden = plan[step]
+        if max(hidden) == 0:
             masks.append(torch.zeros_like(masked))
             break
         order = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1)
-        ranks = torch.empty_like(order).scatter_(-1, order, torch.arange(horizon, device=device).expand_as(order))
-        masked = ranks < count[:, None]
+        ranks = torch.empty_like(order).scatter_(-1, order, place)
+        masked = ranks < torch.tensor(hidden, device=device)[:, None]
+        rows = (place + horizon * ~masked).argsort(dim=-1)[:, : max(hidden)]  # the masked ones first, in their order
         masks.append(masked)
         tokens = tokens.masked_fill(masked, 0)
     return MaskedTrace(tokens, torch.stack(sequences), torch.stack(masks))

@@ -161,7 +161,7 @@ class Stage1(nn.Module):
             hint: ``[B, P+T]`` frame-level phones (models with a text hint).
             settings: see :class:`DecodeSettings`.  Guidance drops prompt, phones and hint and keeps the
                 frame-level condition (as released); without any of those three it is skipped, being the identity.
-            generator: of the noise; one an utterance makes a batch equal to its items (see ``masked.noise_from``).
+            generator: of the noise; one an utterance makes a batch equal to its items (see :class:`masked.Draws`).
             noise: replaces the Gumbel noise drawn from ``generator``.
 
         Returns:
@@ -188,17 +188,24 @@ class Stage1(nn.Module):
         mask = torch.cat([said, given, there], dim=1)
         whole = (None, None) if bool(mask.all()) else (mask, masked.places(mask))
         alone = None if bool(there.all()) else there
-        guided = settings.cfg > 0 and (before.shape[1] > 0 or settings.guide_always)
+        net, offset = self.diff_estimator, before.shape[1]
+        guided = settings.cfg > 0 and (offset > 0 or settings.released)
+        plan = net.plan(mask, *whole)
+        scales = net.steps(masked.times(settings), together=noise is None and not settings.released)
+        free_plan = net.plan(there, alone, None)
 
-        def predict(tokens: Tensor, is_masked: Tensor, t: float) -> Tensor:
-            time = torch.full((batch,), t, device=device)
+        def predict(tokens: Tensor, is_masked: Tensor, step: int, wanted: Tensor | None) -> Tensor:
             rows = self.embed(tokens, is_masked)
-            out = self.diff_estimator(torch.cat([before, rows + added], dim=1), time, *whole)[:, before.shape[1] :]
+            x = torch.cat([before, rows + added], dim=1)
             if guided:
-                free = self.diff_estimator(rows + kept, time, alone)
+                out = net.pass_over(x, scales[step], plan)[:, offset:]
+                free = net.pass_over(rows + kept, scales[step], free_plan)
                 out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
+                out = out if wanted is None else masked.rows_of(out, wanted)
+            else:
+                out = net.pass_over(x, scales[step], plan, None if wanted is None else wanted + offset)
+                out = out[:, offset:] if wanted is None else out
             return self.to_logit(out.to(self.to_logit.weight.dtype))
 
-        noise = noise or masked.noise_from(generator, lengths, device)
-        trace = masked.decode(predict, lengths, settings, noise=noise)
+        trace = masked.decode(predict, lengths, settings, generator=generator, noise=noise)
         return trace if return_iterations else trace.tokens

@@ -152,32 +152,44 @@ class Stage2(nn.Module):
         if first_layer is not None:
             codes[:, start:, :1] = first_layer
         in_prompt = (torch.arange(start + frames, device=device) < start).expand(batch, -1)
-        guided = settings.cfg > 0 and (start > 0 or settings.guide_always)
+        guided = settings.cfg > 0 and (start > 0 or settings.released)
+        net, plan = self.diff_estimator, self.diff_estimator.plan(mask, *whole)
+        free_plan = net.plan(there, alone, None)
+        scales_of: dict[int, Tensor] = {}
         for layer in range(self.first_layer, count):
             fixed = self.context(codes, layer, in_prompt) + self.condition(semantic, layer)
             prompt_rows = fixed[:, :start] + self.embed_layer(layer, codes[:, :start, layer])
             target_rows = fixed[:, start:]
+            own_settings = replace(settings, steps=steps[layer])
+            if steps[layer] not in scales_of:
+                together = noise is None and not settings.released
+                scales_of[steps[layer]] = net.steps(masked.times(own_settings), together)
 
             def predict(
                 tokens: Tensor,
                 is_masked: Tensor,
-                t: float,
+                step: int,
+                wanted: Tensor | None,
                 layer: int = layer,
                 prompt_rows: Tensor = prompt_rows,
                 target_rows: Tensor = target_rows,
+                scales: Tensor = scales_of[steps[layer]],
             ) -> Tensor:
-                time = torch.full((batch,), t, device=device)
                 own = self.embed_layer(layer, tokens)
                 rows = target_rows + torch.where(is_masked[..., None], self.mask_emb.weight[0], own)
-                out = self.diff_estimator(torch.cat([prompt_rows, rows], dim=1), time, *whole)[:, start:]
+                x = torch.cat([prompt_rows, rows], dim=1)
                 if guided:
-                    free = self.diff_estimator(rows, time, alone)
+                    out = net.pass_over(x, scales[step], plan)[:, start:]
+                    free = net.pass_over(rows, scales[step], free_plan)
                     out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
+                    out = out if wanted is None else masked.rows_of(out, wanted)
+                else:
+                    out = net.pass_over(x, scales[step], plan, None if wanted is None else wanted + start)
+                    out = out[:, start:] if wanted is None else out
                 logits = self.to_logits[layer]
                 return logits(out.to(logits.weight.dtype))
 
-            drawn = noise or masked.noise_from(generator, lengths, device)
-            trace = masked.decode(predict, lengths, replace(settings, steps=steps[layer]), noise=drawn)
+            trace = masked.decode(predict, lengths, own_settings, generator=generator, noise=noise)
             codes[:, start:, layer] = trace.tokens
             if traces is not None:
                 traces.append(trace)

@@ -8,6 +8,7 @@ no biases; every RMSNorm is adaptive, its weight a linear function of the time e
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,19 +48,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """``softmax(q k^T / sqrt(D)) v`` of ``[B, N, T, D]``; ``mask [B, 1, 1, T]`` True where a key may be seen.
 
-    Training on a CPU writes it out: PyTorch's fused kernel takes three times as long there (it spares the
-    ``B N T^2`` probabilities, which are kept here).
+    A CPU writes it out to train, and in bf16: PyTorch's fused kernel takes two to three times as long there (it spares
+    the ``B N T^2`` probabilities, which are kept here).
     """
-    if q.device.type != "cpu" or not q.requires_grad:
+    if q.device.type != "cpu" or not (q.requires_grad or q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     batch, heads, frames, depth = q.shape
-    bias = q.new_zeros(batch, heads, frames)
+    seen = k.shape[2]
+    bias = q.new_zeros(batch, heads, seen)
     if mask is not None:
         bias.masked_fill_(~mask[:, 0], -torch.inf)
     if k.requires_grad and not torch.compiler.is_compiling():
         k.register_hook(Tensor.contiguous)  # it comes transposed, which slows all that goes before
-    q, k, v = (x.reshape(batch * heads, frames, depth) for x in (q, k, v))
-    scores = torch.baddbmm(bias.view(batch * heads, 1, frames), q, k.transpose(1, 2), alpha=depth**-0.5)
+    q, k, v = (x.reshape(batch * heads, -1, depth) for x in (q, k, v))
+    scores = torch.baddbmm(bias.view(batch * heads, 1, seen), q, k.transpose(1, 2), alpha=depth**-0.5)
     return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, frames, depth)
 
 
@@ -77,10 +79,35 @@ class AdaptiveRMSNorm(nn.Module):
         nn.init.zeros_(self.to_weight.weight)
         nn.init.ones_(self.to_weight.bias)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """``x [B, T, H]``, ``time [B, H]``."""
-        scale = self.to_weight(time)[:, None]
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        """``x [B, T, H]``; ``scale [B, 1, H]`` is ``to_weight(time)``, or ``[H]`` where all have one time."""
+        if scale.dim() == 1:
+            return F.rms_norm(x, (x.shape[-1],), scale.to(x.dtype), self.eps).to(scale.dtype)
         return F.rms_norm(x, (x.shape[-1],), eps=self.eps).to(scale.dtype) * scale
+
+
+def fuse(*layers: nn.Linear) -> Tensor:
+    """The weights of linear layers as one matrix, of which the layers' own become views: no second copy is kept."""
+    weights = [layer.weight.data for layer in layers]
+    first, at = weights[0], weights[0].data_ptr()
+    adjacent = first.is_contiguous()
+    for weight in weights:
+        adjacent = adjacent and weight.data_ptr() == at and weight.is_contiguous()
+        at += weight.nbytes
+    rows = sum(len(weight) for weight in weights)
+    room = first.untyped_storage().nbytes() // first.itemsize - first.storage_offset()
+    if adjacent and room >= rows * first.shape[1]:
+        return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))  # fused by somebody who shares them
+    whole, row = torch.cat(weights), 0
+    for layer in layers:
+        layer.weight.data = whole[row : row + layer.out_features]
+        row += layer.out_features
+    return whole
+
+
+def fused(whole: Tensor | None, first: nn.Linear) -> bool:
+    """Whether a fused matrix may stand for its layers: they are still its views, and nothing is learned."""
+    return whole is not None and not torch.is_grad_enabled() and whole.data_ptr() == first.weight.data_ptr()
 
 
 class Attention(nn.Module):
@@ -93,15 +120,25 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
+        self.qkv: Tensor | None = None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """``x [B, T, H]``; ``mask [B, 1, 1, T]`` True where a key may be seen."""
-        cos, sin = rotary  # [T, D], or [B, 1, T, D]
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, keep: Tensor | None = None
+    ) -> Tensor:
+        """``x [B, T, H]``; ``mask [B, 1, 1, T]`` True where a key may be seen; ``keep [B, K]``: rows to answer for."""
+        cos, sin = (table.to(x.dtype) for table in rotary)  # [T, D], or [B, 1, T, D]
         split = (*x.shape[:2], self.heads, -1)
-        q, k, v = (p(x).view(split).transpose(1, 2).contiguous() for p in (self.q_proj, self.k_proj, self.v_proj))
-        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask)
-        return self.o_proj(out.transpose(1, 2).reshape(x.shape))
+        if fused(self.qkv, self.q_proj):
+            both, v = F.linear(x, self.qkv).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2).split(
+                [2 * self.heads, self.heads], dim=1
+            )  # fmt: skip
+            q, k = rotate(both, cos, sin).chunk(2, dim=1)
+        else:
+            q, k, v = (p(x).view(split).transpose(1, 2).contiguous() for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if keep is not None:
+            q = q.gather(2, keep[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(x.shape[0], q.shape[2], -1))
 
 
 class SwiGLU(nn.Module):
@@ -112,8 +149,12 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(width, 4 * width, bias=False)
         self.up_proj = nn.Linear(width, 4 * width, bias=False)
         self.down_proj = nn.Linear(4 * width, width, bias=False)
+        self.gate_up: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if fused(self.gate_up, self.gate_proj):
+            gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -127,9 +168,20 @@ class Layer(nn.Module):
         self.input_layernorm = AdaptiveRMSNorm(width)
         self.post_attention_layernorm = AdaptiveRMSNorm(width)
 
-    def forward(self, x: Tensor, time: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x, time), rotary, mask)
-        return x + self.mlp(self.post_attention_layernorm(x, time))
+    def scales(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales ``[B, H]`` of both norms at the embedded times ``[B, H]``."""
+        return self.input_layernorm.to_weight(time), self.post_attention_layernorm.to_weight(time)
+
+    def forward(
+        self, x: Tensor, scales: tuple[Tensor, Tensor], rotary: tuple[Tensor, Tensor], mask: Tensor | None,
+        keep: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """``x [B, T, H]`` to the same, or to the rows ``keep [B, K]`` alone; ``scales`` as the norms take them."""
+        heard = self.self_attn(self.input_layernorm(x, scales[0]), rotary, mask, keep)
+        if keep is not None:
+            x = x.gather(1, keep[..., None].expand(-1, -1, x.shape[-1]))
+        x = x + heard
+        return x + self.mlp(self.post_attention_layernorm(x, scales[1]))
 
 
 class MaskedTransformer(nn.Module):
@@ -163,17 +215,63 @@ class MaskedTransformer(nn.Module):
             mask: ``[B, T]`` True where a position exists; ``None`` when all do.
             positions: ``[B, T]`` int64 where the rows are not simply one after the other (see ``masked.places``).
         """
-        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        time = self.diff_step_mlp(sinusoidal_embedding(t, x.shape[-1]).to(self.diff_step_mlp[0].weight.dtype))
-        place = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None]
-        rotary = rotary_table(place, self.head_dim)
-        keys = None if mask is None else mask.bool()[:, None, None, :]
+        x, time, (rotary, keys) = residual(x), self.embed_time(t), self.plan(x, mask, positions)
         for layer in self.layers:
+            scales = tuple(scale[:, None] for scale in layer.scales(time))
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, time, rotary, keys, use_reentrant=False)
+                x = checkpoint(layer, x, scales, rotary, keys, use_reentrant=False)
             else:
-                x = layer(x, time, rotary, keys)
-        return self.norm(x, time)
+                x = layer(x, scales, rotary, keys)
+        return self.norm(x, self.norm.to_weight(time)[:, None])
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Times ``[B]`` as ``[B, H]``."""
+        net = self.diff_step_mlp
+        return net(sinusoidal_embedding(t, net[0].in_features).to(net[0].weight.dtype))
+
+    def plan(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Plan:
+        """What every pass over rows like ``x [B, T, H]`` shares: rotary tables and the mask of the keys."""
+        place = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None]
+        return rotary_table(place, self.head_dim), None if mask is None else mask.bool()[:, None, None, :]
+
+    def steps(self, times: Sequence[float], together: bool = True) -> Tensor:
+        """Scales of all norms at the times of a decoding, ``[N, norms, H]``: each weight is read once for all steps.
+
+        Not ``together``: one time after the other, which rounds as the released code does.
+        """
+        if not together:
+            return torch.cat([self.steps([t]) for t in times])
+        time = self.embed_time(torch.tensor(times, device=self.norm.to_weight.weight.device))
+        found = [scale for layer in self.layers for scale in layer.scales(time)]
+        return torch.stack([*found, self.norm.to_weight(time)], dim=1)
+
+    def pass_over(self, x: Tensor, scales: Tensor, plan: Plan, keep: Tensor | None = None) -> Tensor:
+        """One pass of a decoding: ``x [B, T, H]`` to ``[B, T, H]``, or to the rows ``keep [B, K]`` alone.
+
+        ``scales`` are a row of :meth:`steps`, ``plan`` is of :meth:`plan`.  The same as :meth:`forward` at one time.
+        """
+        x = residual(x)
+        for i, layer in enumerate(self.layers):
+            last = i + 1 == len(self.layers)
+            x = layer(x, (scales[2 * i], scales[2 * i + 1]), *plan, keep if last else None)
+        return self.norm(x, scales[-1])
+
+    def fuse(self) -> None:
+        """Join the projections of queries, keys and values, and of gates and values, for inference."""
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.qkv = fuse(module.q_proj, module.k_proj, module.v_proj)
+            elif isinstance(module, SwiGLU):
+                module.gate_up = fuse(module.gate_proj, module.up_proj)
+
+
+Plan = tuple[tuple[Tensor, Tensor], Tensor | None]
+"""Rotary tables, and True where a key may be seen."""
+
+
+def residual(x: Tensor) -> Tensor:
+    """The residual stream: never less exact than fp32."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def initialise_mlp(net: nn.Module) -> None:

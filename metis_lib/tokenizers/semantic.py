@@ -34,15 +34,32 @@ class WNConv1d(nn.Module):
         self.weight_g = nn.Parameter(torch.linalg.vector_norm(self.weight_v.detach(), dim=(1, 2), keepdim=True))
         self.bias = nn.Parameter(start.bias.detach().clone())
         self.stride, self.padding, self.dilation = stride, padding, dilation
+        self.frozen = False
+        self._folded: Tensor | None = None
 
     def weight(self) -> Tensor:
-        """The convolution's weight ``[C_out, C_in, K]``."""
+        """The convolution's weight ``[C_out, C_in, K]``; computed once where it is ``frozen`` (see :func:`freeze`)."""
+        if not self.frozen or torch.is_grad_enabled():
+            return self._weight()
+        if self._folded is None or self._folded.device != self.bias.device or self._folded.dtype != self.bias.dtype:
+            self._folded = self._weight()
+        return self._folded
+
+    def _weight(self) -> Tensor:
         norm = torch.linalg.vector_norm(self.weight_v, dim=(1, 2), keepdim=True)
         return self.weight_v * (self.weight_g / norm)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight().to(x.dtype), self.bias.to(x.dtype)
         return F.conv1d(x, weight, bias, self.stride, self.padding, self.dilation)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Say that the convolutions below ``module`` will not change any more: their weights are computed only once."""
+    for part in module.modules():
+        if isinstance(part, WNConv1d):
+            part.frozen, part._folded = True, None
+    return module
 
 
 class ConvNeXtBlock(nn.Module):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,40 @@ def fbank(wavs_16k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return features.reshape(len(rows), longest // 2, 2 * BANDS), lengths
 
 
+@lru_cache(maxsize=1)
+def _relative_attention() -> type:
+    """The class that takes over the library's attention layers (which are imported at their first use)."""
+    prepare_torchaudio()
+    from transformers.models.wav2vec2_bert.modeling_wav2vec2_bert import Wav2Vec2BertSelfAttention
+
+    class RelativeAttention(Wav2Vec2BertSelfAttention):
+        """The attention of w2v-BERT 2.0; for inference its position bias is gathered.
+
+        The bias of a pair of frames depends on the query and on their distance, clipped to 73 values: ``q E^T`` has 73
+        columns, of which each pair takes one.  The library's way makes an embedding for each pair, ``T^2 D`` numbers.
+        """
+
+        def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **more: Any) -> Any:
+            if torch.is_grad_enabled() and (hidden_states.requires_grad or self.training):
+                return super().forward(hidden_states, attention_mask, *args, **more)
+            batch, frames, _ = hidden_states.shape
+            split = (batch, frames, self.num_heads, self.head_size)
+            nets = (self.linear_q, self.linear_k, self.linear_v)
+            q, k, v = (net(hidden_states).view(split).transpose(1, 2) for net in nets)
+            scores = torch.matmul(q, self.distance_embedding.weight.t()) * self.scaling
+            place = torch.arange(frames, device=q.device)
+            low, high = self.left_max_position_embeddings, self.right_max_position_embeddings
+            distance = (place[None] - place[:, None]).clamp(-low, high) + low
+            bias = scores.gather(-1, distance.expand(batch, self.num_heads, -1, -1))
+            if attention_mask is not None:
+                there = attention_mask.dtype == torch.bool
+                bias = bias.masked_fill(~attention_mask, -torch.inf) if there else bias + attention_mask
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scaling)
+            return self.linear_out(out.transpose(1, 2).reshape(batch, frames, -1)), None
+
+    return RelativeAttention
+
+
 class SSLEncoder(nn.Module):
     """w2v-BERT 2.0 up to ``output_layer``; its state dict is ``model.`` + the hub's names and nothing else.
 
@@ -126,6 +161,8 @@ class SSLEncoder(nn.Module):
                 layerdrop=0.0,
             )
         )
+        for layer in self.model.encoder.layers:
+            layer.self_attn.__class__ = _relative_attention()
         self.register_buffer("mean", torch.zeros(config.hidden_size), persistent=False)
         self.register_buffer("var", torch.ones(config.hidden_size), persistent=False)
 

@@ -1,9 +1,9 @@
 """The three test sets of nano.
 
-``human``, embedded in ``eval/testsets``: real voices only, none of them trained on (:func:`build_human`; mixtures may
-differ by one least significant bit between machines).  ``unseen``: 22 synthetic voices never trained on saying
-sentences never trained on, with rows for codec, se, tts, vc and tse.  ``seen``: voices of the training, sentences never
-trained on, for tts.  The latter two are made from the corpus into ``$METIS_HOME/testsets`` (:func:`build_synthetic`).
+``human``, embedded in ``eval/testsets``: real voices only, none of them trained on (:func:`build_human`; noisy mixtures
+may differ by one least significant bit between machines).  ``unseen``: 22 synthetic voices never trained on saying
+sentences never trained on, with rows for every task.  ``seen``: voices of the training, sentences never trained on,
+for tts.  The latter two are made from the corpus into ``$METIS_HOME/testsets`` (:func:`build_synthetic`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ import soundfile
 
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade, level, trim
-from metis_lib.data.store import Row, read_manifest, write_jsonl
+from metis_lib.data.align import align
+from metis_lib.data.lips import FaceStyle, render
+from metis_lib.data.simulate import HOP, Degradation, Noises, Recording, Rooms, degrade, level, trim
+from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import corpus, human, packages
+from recipes.testsets import add_voice
 
 _RECIPE = json.loads(Path(__file__).with_name("human.json").read_text(encoding="utf-8"))
 TERMS: dict[str, tuple[str, str, int]] = {key: tuple(values) for key, values in _RECIPE["terms"].items()}
@@ -36,7 +40,13 @@ CLEAN: list[str] = _RECIPE["clean"]
 DEGRADED: list[tuple[float, str, bool]] = [tuple(values) for values in _RECIPE["degraded"]]
 """For each of ``CLEAN``: SNR in dB, noise, whether a room is added."""
 SPOKEN: list[tuple[str, str]] = [tuple(values) for values in _RECIPE["spoken"]]
-"""Items of the task tts: (target, prompt) of one speaker."""
+"""Items of the task tts, and targets of tse: (target, prompt) of one speaker."""
+CONVERTED: list[tuple[str, str]] = [tuple(values) for values in _RECIPE["converted"]]
+"""Items of the task vc: (source, prompt) of two speakers."""
+MIXED: list[str] = _RECIPE["mixed"]
+"""For each of ``SPOKEN``: who is heard besides, in the task tse."""
+DRAWN: list[tuple[str, str, int]] = [tuple(values) for values in _RECIPE["drawn"]]
+"""Items of the task l2s: (target, prompt) of one speaker, seed of face and camera."""
 ROOM_SEED = 10_000
 """Rooms from here on are not in the training bank."""
 
@@ -74,9 +84,9 @@ def _storage(out: Path) -> Callable[[str, np.ndarray], str]:
 def build_human(out: str | os.PathLike[str]) -> Path:
     """Write audio (24 kHz FLAC, PCM 16) and ``manifest.jsonl`` of the test set into ``out``.
 
-    Rows have id, task (codec, se, tts), speaker, text, clean, source, licence and bandwidth_hz; for se
-    noisy, snr_db and done (what ``degrade`` did; ``noise_licence`` beside it); for tts prompt and
-    prompt_text.
+    Rows have id, task, speaker, text, clean, source, licence and bandwidth_hz; for se noisy, snr_db and done (what
+    ``degrade`` did; ``noise_licence`` beside it); for tts prompt and prompt_text; for vc, tse and l2s see
+    :func:`add_tasks`.
 
     Raises:
         MetisError: a package cannot be fetched.
@@ -117,6 +127,62 @@ def build_human(out: str | os.PathLike[str]) -> Path:
         _, text, wav, _ = utterances[prompt]
         rows.append(base("tts", id) | {"prompt": store(prompt, wav), "prompt_text": text})
     write_jsonl(out / "manifest.jsonl", rows)
+    return add_tasks(out)
+
+
+def draw_lips(path: Path, wav: np.ndarray, text: str, generator: np.random.Generator, **style: Any) -> str:
+    """Draw lips that say ``text`` in time with [S] at 24 kHz, as examples for training are drawn; the file's name.
+
+    The .npz has ``crops``, uint8 [N, 96, 96] at 25 fps, one for two tokens.  ``style`` replaces what is drawn by lot.
+    MetisError: the text is not what is said.
+    """
+    face = replace(FaceStyle.sample(generator), **style)
+    crops = render(align(wav, AUDIO_RATE, text), -(-len(wav) // HOP), face, generator)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, crops=crops)
+    return path.name
+
+
+def add_tasks(out: Path) -> Path:
+    """Rows for vc, tse and l2s behind the others in ``out/manifest.jsonl``, from its recordings alone.
+
+    vc: prompt and prompt_text of another speaker, target_speaker.  tse: noisy (``tse/ID-mixture.flac``, the target
+    with another speaker's recording added as it is), prompt of the target's speaker, interferer (the other's
+    recording), interferer_speaker, interferer_licence, gain (below 1 only against clipping; then clean is
+    ``tse/ID-aligned.flac``).  l2s: video (``lips/ID.npz``, drawn without camera noise), prompt of the same speaker.
+    The same samples on every machine, but lips may differ by a grey level.
+    """
+    old = [row for row in read_jsonl(out / "manifest.jsonl") if row["task"] in ("codec", "se", "tts")]
+    keys = ("speaker", "text", "clean", "source", "licence", "bandwidth_hz", "duration")
+    said = {row["id"]: {key: row[key] for key in keys} for row in old if row["task"] != "se"}
+    for row in old:
+        if row["task"] == "tts":
+            seconds = round(soundfile.info(out / row["prompt"]).duration, 3)
+            other = {"text": row["prompt_text"], "clean": row["prompt"], "duration": seconds}
+            said.setdefault(Path(row["prompt"]).stem, said[row["id"]] | other)
+
+    def base(task: str, id: str, prompt: str) -> dict[str, Any]:
+        given = {"prompt": said[prompt]["clean"], "prompt_text": said[prompt]["text"]}
+        return {"id": id, "task": task, **said[id], **given}
+
+    def wav(id: str) -> np.ndarray:
+        return audio.read(out / said[id]["clean"], AUDIO_RATE).numpy()
+
+    rows = [base("vc", id, prompt) | {"target_speaker": said[prompt]["speaker"]} for id, prompt in CONVERTED]
+    for (id, prompt), besides in zip(SPOKEN, MIXED, strict=True):
+        mixture, gain = add_voice(wav(id), wav(besides))
+        row = base("tse", id, prompt) | {"noisy": f"tse/{id}-mixture.flac", "interferer": said[besides]["clean"]}
+        row |= {f"interferer_{key}": said[besides][key] for key in ("speaker", "licence")} | {"gain": round(gain, 6)}
+        audio.write(out / row["noisy"], mixture, AUDIO_RATE)
+        if gain < 1:
+            row["clean"] = f"tse/{id}-aligned.flac"
+            audio.write(out / row["clean"], gain * wav(id), AUDIO_RATE)
+        rows.append(row)
+    for id, prompt, seed in DRAWN:
+        generator = np.random.default_rng((2502, seed))
+        name = draw_lips(out / "lips" / f"{id}.npz", wav(id), said[id]["text"], generator, noise=0.0)
+        rows.append(base("l2s", id, prompt) | {"video": f"lips/{name}"})
+    write_jsonl(out / "manifest.jsonl", old + rows)
     return out
 
 
@@ -130,7 +196,8 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Pa
 
     Rows of ``unseen``: codec; se (the paper's degradation, but always with noise, of held-out noises and rooms: noisy,
     done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is
-    the target and another voice added as they are).  Rows of ``seen``: tts.
+    the target and another voice, ``interferer``, added as they are); l2s (``video``: lips drawn in time with the
+    recording).  Rows of ``seen``: tts.
 
     Raises:
         MetisError: the corpus is not prepared, or holds no such voices.
@@ -144,12 +211,15 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Pa
     speakers = sorted(s for s, rows in voices.items() if len(rows) > each or (name == "seen" and len(rows) > 1))
     if not speakers:
         raise MetisError(f"the corpus in {folder} has no voices for the test set {name!r}; run `metis prepare nano`")
+    others = speakers if len(speakers) > 1 else sorted(voices)  # of a small corpus, voices with few utterances too
+    if name == "unseen" and len(others) < 2:
+        raise MetisError(f"the corpus in {folder} has one voice for the test set unseen; mixtures need another")
     store, generator = _storage(out), np.random.default_rng(2025)
     noises, rooms = Noises.load(folder, split="test", speech=60), add_rooms(24) if name == "unseen" else None
     rows: list[dict[str, Any]] = []
     for k, speaker in enumerate(speakers):
         said = sorted(voices[speaker], key=lambda r: r.id)
-        other = sorted(voices[speakers[(k + 1) % len(speakers)]], key=lambda r: r.id)
+        other = sorted(voices[others[(others.index(speaker) + 1) % len(others)]], key=lambda r: r.id)
         for i, r in enumerate(said[:each]):
             prompt, stranger = said[(i + 1) % len(said)], other[i % len(other)]
             wav, prompt_wav, stranger_wav = (audio.read(x.audio, AUDIO_RATE).numpy() for x in (r, prompt, stranger))
@@ -179,7 +249,10 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Pa
                 {"task": "vc", **base, "prompt": store(stranger.id, stranger_wav), "prompt_text": stranger.text,
                  "target_speaker": stranger.speaker},
                 {"task": "tse", **base, **given, "noisy": store(f"{r.id}-mixture", gain * both),
-                 "interferer": stranger.id, "gain": round(gain, 6)},
+                 "interferer": store(stranger.id, stranger_wav), "interferer_speaker": stranger.speaker,
+                 "gain": round(gain, 6)},
+                {"task": "l2s", **base, **given,
+                 "video": draw_lips(out / f"{r.id}.npz", wav, r.text, np.random.default_rng((2502, k, i)))},
             ]  # fmt: skip
     write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda r: r["task"]))
     return out

@@ -1,0 +1,394 @@
+"""The paper's test sets: a local copy of a public one becomes a manifest that the evaluation reads.
+
+``testsets.json`` says of each what it is for, how many items its official list has, how it lies on disk, its licence,
+where to get it and what we chose where the paper (arXiv 2502.03128, section 4.2) is silent.  Rows refer to the
+recordings where they lie; only mixtures that nobody gives out and the sound of films are written.  Nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+
+from metis_lib import assets, audio
+from metis_lib.config import AUDIO_RATE
+from metis_lib.data.importers import stated_path
+from metis_lib.data.store import write_jsonl, write_text
+from metis_lib.errors import MetisError
+from recipes import public
+
+SEED = 2025
+"""Of the choices that are ours."""
+PLACES = ("clean", "noisy", "prompt", "interferer", "video")
+"""What a row says by a path."""
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One test set, as ``testsets.json`` has it.
+
+    Attributes:
+        official: items of the official list; ``counts`` says of what, where the rows are fewer.
+        paper: how many the paper names.
+        reads, options: which of :data:`READERS` makes the rows, and how.
+        second: what else is needed (``prompts`` of :func:`prepare`).
+        ours: choices that the paper leaves open.
+    """
+
+    task: str
+    language: str
+    official: int
+    paper: str
+    reads: str
+    layout: str
+    licence: str
+    get: str
+    ours: str
+    counts: str = "items"
+    second: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SETS = {
+    name: Protocol(**values)
+    for name, values in json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
+}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A local copy: ``root``, the ``second`` corpus, the folder of the manifest and the source of chance."""
+
+    protocol: Protocol
+    root: Path
+    second: Path
+    out: Path
+    generator: np.random.Generator
+
+    def find(self, *ways: str, root: Path | None = None) -> Path:
+        """The first of ``ways`` that exists below the root; MetisError says how the set lies on disk."""
+        root = root or self.root
+        for place in (root / way for way in ways):
+            if place.exists():
+                return place
+        raise MetisError(f"{root}: no {ways[0]} in it; the set has {self.protocol.layout}")
+
+    def draw(self, among: Sequence[Any]) -> Any:
+        """One of them."""
+        return among[int(self.generator.integers(len(among)))]
+
+
+def add_voice(target: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]:
+    """Both voices [S] added as they are (the paper's section 4.2.3), the other cut or followed by silence to fit.
+
+    Returns:
+        (gain times the sum [S], gain); the gain is below 1 only where the sum would pass 0.99.
+    """
+    both = target.copy()
+    both[: len(other)] += other[: len(target)]
+    gain = min(1.0, 0.99 / float(np.abs(both).max()))
+    return (gain * both).astype(np.float32), gain
+
+
+# ---------------------------------------------------------------- Seed-TTS
+
+
+class Line(NamedTuple):
+    """A line of Seed-TTS's lists; ``wav`` is the truth (tts) or the source (vc)."""
+
+    utt: str
+    prompt_text: str
+    prompt: Path
+    text: str
+    wav: Path
+
+
+def read_list(path: Path) -> list[Line]:
+    """Lines ``utt|prompt text|prompt wav|text[|wav]``; MetisError names a broken one."""
+    lines = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) not in (4, 5) or not all(parts):
+            if line.strip():
+                raise MetisError(f"{path}:{number}: not utt|prompt text|prompt wav|text[|wav]: {line[:60]!r}")
+            continue
+        utt, prompt_text, prompt, text, *wav = parts
+        place = path.parent / (wav[0] if wav else f"wavs/{utt}.wav")
+        lines.append(Line(utt, prompt_text, path.parent / prompt, text, place))
+    return lines
+
+
+def _seedtts(copy: Copy) -> tuple[Rows, int]:
+    listed = copy.protocol.options["list"]
+    rows: Rows = []
+    for line in read_list(copy.find(listed, f"seedtts_testset/{listed}")):
+        voice = line.prompt.stem.split("-")[0]
+        who = {"speaker": voice}
+        if copy.protocol.task == "vc":
+            who = {"speaker": line.wav.stem, "target_speaker": voice}
+        rows.append({
+            "id": line.utt, **who, "text": line.text, "clean": line.wav, "prompt": line.prompt,
+            "prompt_text": line.prompt_text,
+        })  # fmt: skip
+    return rows, len(rows)
+
+
+# ---------------------------------------------------------------- LibriSpeech, VCTK
+
+
+class Said(NamedTuple):
+    """An utterance of a corpus."""
+
+    id: str
+    path: Path
+    speaker: str
+    text: str
+
+
+def _test_clean(copy: Copy, root: Path) -> dict[str, Said]:
+    """Utterances of LibriSpeech test-clean by id, in order; texts in small letters."""
+    found: dict[str, Said] = {}
+    base = copy.find("LibriSpeech/test-clean", "test-clean", ".", root=root)
+    for path in sorted(base.glob("*/*/*.trans.txt")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            id, _, text = line.partition(" ")
+            found[id] = Said(id, path.parent / f"{id}.flac", id.split("-")[0], text.lower())
+    if not found:
+        raise MetisError(f"{root}: no LibriSpeech test-clean; it has SPEAKER/CHAPTER/*.trans.txt")
+    return found
+
+
+def _prompted(said: Said, prompt: Said) -> dict[str, Any]:
+    return {
+        "id": said.id, "speaker": said.speaker, "text": said.text, "clean": said.path, "prompt": prompt.path,
+        "prompt_text": prompt.text,
+    }  # fmt: skip
+
+
+def _by_speaker(said: Sequence[Said]) -> dict[str, list[Said]]:
+    voices = defaultdict[str, list[Said]](list)
+    for one in said:
+        voices[one.speaker].append(one)
+    return voices
+
+
+def _librispeech(copy: Copy) -> tuple[Rows, int]:
+    said, rows = _test_clean(copy, copy.root), Rows()
+    try:
+        seconds = {id: soundfile.info(one.path).duration for id, one in said.items()}
+    except soundfile.LibsndfileError as error:
+        raise MetisError(f"{copy.root}: a recording is missing or damaged ({str(error).splitlines()[0]})") from None
+    low, high = copy.protocol.options["seconds"]
+    short, long = copy.protocol.options["prompt_seconds"]
+    voices = _by_speaker(list(said.values()))
+    for one in said.values():
+        prompts = [x for x in voices[one.speaker] if x.id != one.id and short <= seconds[x.id] <= long]
+        if low <= seconds[one.id] <= high and prompts:
+            rows.append(_prompted(one, copy.draw(prompts)))
+    return rows, len(said)
+
+
+def _vctk(copy: Copy) -> tuple[Rows, int]:
+    base = copy.find("txt", "VCTK-Corpus/txt", "VCTK-Corpus-0.92/txt").parent
+    texts = {path.stem: path for path in base.glob("txt/*/*.txt")}
+    said = []
+    for path in sorted([*base.glob("wav48_silence_trimmed/*/*_mic1.flac"), *base.glob("wav48/*/*.wav")]):
+        id = path.stem.removesuffix("_mic1")
+        if id in texts:
+            said.append(Said(id, path, id.split("_")[0], texts[id].read_text(encoding="utf-8").strip()))
+    voices, rows = _by_speaker(said), Rows()
+    if len(voices) < 2:
+        raise MetisError(f"{base}: fewer than two speakers with text and sound; the set has {copy.protocol.layout}")
+    count = min(copy.protocol.official, len(said))
+    for one in (said[i] for i in sorted(copy.generator.choice(len(said), count, replace=False))):
+        same = copy.protocol.options["prompt"] == "same"
+        who = one.speaker if same else copy.draw([name for name in voices if name != one.speaker])
+        prompts = [x for x in voices[who] if x.id != one.id and x.text != one.text]
+        if prompts:
+            rows.append(_prompted(one, copy.draw(prompts)) | {"target_speaker": who})
+    return rows, len(rows)
+
+
+# ---------------------------------------------------------------- mixtures
+
+
+def _libri2mix(copy: Copy) -> tuple[Rows, int]:
+    rates = copy.protocol.options["rates"]
+    base = copy.find(*(f"{above}{rate}/test/mix_clean" for rate in rates for above in ("", "Libri2Mix/"))).parent
+    said = _test_clean(copy, copy.second)
+    voices, fixed, rows = _by_speaker(list(said.values())), dict[tuple[str, str], str](), Rows()
+    listed = base / "map_mixture2enrollment"  # lines: mixture, target, s1/MIXTURE or s2/MIXTURE
+    for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []:
+        mixture, who, enrolled = line.split()
+        fixed[mixture, who] = enrolled
+    for path in sorted((base / "mix_clean").glob("*.wav")):
+        target, _, other = path.stem.partition("_")
+        if target not in said or other not in said:
+            raise MetisError(f"{copy.second}: no text of {path.stem}; is it the whole LibriSpeech test-clean?")
+        prompts = [x for x in voices[said[target].speaker] if x.id != target]
+        if (path.stem, target) in fixed:
+            part, _, name = fixed[path.stem, target].partition("/")
+            prompt = said[name.split("_")[int(part[1]) - 1]]._replace(path=base / part / f"{name}.wav")
+        elif prompts:
+            prompt = copy.draw(prompts)
+        else:
+            raise MetisError(f"{copy.second}: no second utterance of the reader of {target} for a prompt")
+        rows.append(_prompted(said[target], prompt) | {
+            "id": path.stem, "noisy": path, "clean": base / "s1" / path.name, "interferer": base / "s2" / path.name,
+            "interferer_speaker": said[other].speaker, "subset": base.parent.relative_to(base.parents[2]).as_posix(),
+        })  # fmt: skip
+    return rows, len(rows)
+
+
+def emilia(root: Path) -> Iterator[dict[str, Any]]:
+    """What Emilia says of each utterance below ``root``, its ``path`` added: lines of lists, or files beside them."""
+    for listed in sorted(root.rglob("*.jsonl")):
+        for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                about = json.loads(line)
+                yield about | {"path": listed.parent / about["wav"]}
+            except (ValueError, KeyError, TypeError):
+                raise MetisError(f"{listed}:{number}: not a line of Emilia's list: {line[:60]!r}") from None
+    for beside in sorted(root.rglob("*.json")):
+        try:
+            yield json.loads(beside.read_text(encoding="utf-8")) | {"path": beside.with_suffix(".mp3")}
+        except (ValueError, TypeError):
+            raise MetisError(f"{beside}: not what Emilia says of a recording") from None
+
+
+def _emiliamix(copy: Copy) -> tuple[Rows, int]:
+    low, high = copy.protocol.options["seconds"]
+    said, rows = [], Rows()
+    for about in emilia(copy.root):
+        try:
+            if about["language"] == copy.protocol.language and low <= float(about["duration"]) <= high:
+                said.append(Said(about["id"], about["path"], about["speaker"], about["text"].strip()))
+        except (KeyError, TypeError, ValueError) as error:
+            raise MetisError(f"{about['path']}: Emilia's entry lacks {error}") from None
+    voices = _by_speaker(sorted(said))
+    targets = [one for ones in voices.values() if len(ones) > 1 for one in ones]
+    if len(voices) < 2 or not targets:
+        raise MetisError(f"{copy.root}: no two speakers and two utterances of one; the set has {copy.protocol.layout}")
+    count = min(copy.protocol.official, len(targets))
+    for target in (targets[i] for i in sorted(copy.generator.choice(len(targets), count, replace=False))):
+        prompt = copy.draw([x for x in voices[target.speaker] if x != target])
+        other = copy.draw(voices[copy.draw([name for name in voices if name != target.speaker])])
+        clean, wav = (audio.read(one.path, AUDIO_RATE).numpy() for one in (target, other))
+        mixture, gain = add_voice(clean, wav)
+        row = _prompted(target, prompt) | {
+            "noisy": copy.out / "mixtures" / f"{target.id}.flac", "interferer": other.path,
+            "interferer_speaker": other.speaker, "gain": round(gain, 6), "reference": "asr",
+        }  # fmt: skip
+        audio.write(row["noisy"], mixture, AUDIO_RATE)
+        if gain < 1:
+            row["clean"] = copy.out / "mixtures" / f"{target.id}-aligned.flac"
+            audio.write(row["clean"], gain * clean, AUDIO_RATE)
+        rows.append(row)
+    return rows, len(rows)
+
+
+# ---------------------------------------------------------------- DNS-Challenge 2020, LRS
+
+
+def _dns2020(copy: Copy) -> tuple[Rows, int]:
+    rows = [r for r in public.dns_items(copy.root, copy.out) if r["subset"] == copy.protocol.options["subset"]]
+    here = os.path.realpath(copy.out)  # what their paths are relative to
+    places = [{k: Path(os.path.normpath(os.path.join(here, r[k]))) for k in PLACES if k in r} for r in rows]
+    return [row | place for row, place in zip(rows, places, strict=True)], len(rows)
+
+
+def _lrs(copy: Copy) -> tuple[Rows, int]:
+    listed, rows = SETS["seedtts-en"].options["list"], Rows()
+    prompts = read_list(copy.find(listed, f"seedtts_testset/{listed}", root=copy.second))
+    for entry in public.lip_entries(copy.protocol.options["corpus"], copy.root):
+        if entry["split"] != "test":
+            continue
+        film, prompt = Path(entry["video"]), copy.draw(prompts)
+        sound = copy.out / "audio" / film.relative_to(copy.root).with_suffix(".flac")
+        rows.append({
+            "id": entry["id"], "speaker": entry["speaker"], "text": " ".join(entry["text"].split()), "video": film,
+            "clean": public.film_sound(film, sound), "prompt": prompt.prompt, "prompt_text": prompt.prompt_text,
+        })  # fmt: skip
+    return rows, len(rows)
+
+
+READERS: dict[str, Callable[[Copy], tuple[Rows, int]]] = {
+    "seedtts": _seedtts, "librispeech": _librispeech, "vctk": _vctk, "libri2mix": _libri2mix,
+    "emiliamix": _emiliamix, "dns2020": _dns2020, "lrs": _lrs,
+}  # fmt: skip
+"""Each makes rows (paths absolute) of a copy, and counts what the official list counts."""
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def write_card(name: str, protocol: Protocol, out: Path, rows: Rows, found: int, seed: int) -> None:
+    """``card.md`` beside the manifest: what the set is, how many items, what was chosen and by which seed."""
+    lines = [f"# Test set `{name}`", ""]
+    lines += [f"{len(rows)} items for {protocol.task} ({protocol.language}); {protocol.counts} found: {found}."]
+    lines += [f"Official list: {protocol.official}. The paper says: {protocol.paper}. Seed: {seed}.", ""]
+    lines += [f"Ours: {protocol.ours}", "", f"Licence: {protocol.licence}. From: {protocol.get}.", ""]
+    write_text(out / "card.md", "\n".join(lines))
+
+
+def prepare(
+    name: str, root: str | os.PathLike[str] | None, out: str | os.PathLike[str] | None = None, *,
+    prompts: str | os.PathLike[str] | None = None, seed: int = SEED, allow_count: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Write ``manifest.jsonl`` and ``card.md`` of a public test set.
+
+    Args:
+        name: a key of :data:`SETS`.
+        root: the local copy.
+        out: the folder; default ``$METIS_HOME/testsets/NAME``, where ``metis evaluate --testset NAME`` finds it.
+        prompts: the second corpus of sets that need one (:attr:`Protocol.second`).
+        seed: of the choices that are ours.
+        allow_count: take a copy that has not as many items as the official list.
+
+    Returns:
+        ``testset`` (folder), ``items``, ``found`` and ``official``.
+
+    Raises:
+        MetisError: unknown set, a folder that is no copy of it, a broken list, missing files, another count.
+    """
+    if name not in SETS:
+        raise MetisError(f"unknown test set {name!r}; choose one of unseen, seen, {', '.join(SETS)}")
+    protocol = SETS[name]
+    if root is None:
+        raise MetisError(f"{name} is made of a local copy; name its folder by --root (from {protocol.get})")
+    root = Path(root).expanduser().absolute()
+    out = Path(out).expanduser() if out else assets.metis_home() / "testsets" / name
+    if protocol.second and prompts is None:
+        raise MetisError(f"{name} needs {protocol.second} too; name the folder by --prompts")
+    second = Path(prompts).expanduser().absolute() if prompts else root
+    for folder in (root, second):
+        if not folder.is_dir():
+            raise MetisError(f"{folder}: no such folder; {name} is given out at {protocol.get}")
+    copy = Copy(protocol, root, second, out.absolute(), np.random.default_rng(seed))
+    rows, found = READERS[protocol.reads](copy)
+    if found != protocol.official and not allow_count:
+        what = f"{name}: {found} {protocol.counts} here, {protocol.official} in the official list"
+        raise MetisError(f"{what}; a part of it is taken with --allow-count")
+    if not rows:
+        raise MetisError(f"{root}: nothing of {name} in it; the set has {protocol.layout}")
+    twice = [id for id, n in Counter(row["id"] for row in rows).items() if n > 1]
+    missing = [row[key] for row in rows for key in PLACES if key in row and not row[key].is_file()]
+    if twice or missing:
+        what = f"{len(twice)} ids come twice, first {[*twice, ''][0]}" if twice else f"no recording at {missing[0]}"
+        raise MetisError(f"{name}: {what}{f' ({len(missing)} are missing)' if missing else ''}")
+    common = {"task": protocol.task, "testset": name, "seed": seed, "licence": protocol.licence, "source": protocol.get}
+    for row in rows:
+        row |= {key: stated_path(row[key], out) for key in PLACES if key in row}
+        row |= common | {"language": protocol.language}
+    write_jsonl(out / "manifest.jsonl", rows)
+    write_card(name, protocol, out, rows, found, seed)
+    return {"testset": str(out), "items": len(rows), "found": found, "official": protocol.official}

@@ -193,12 +193,14 @@ class Stage1(nn.Module):
         plan = net.plan(mask, *whole)
         scales = net.steps(masked.times(settings), together=noise is None and not settings.released)
         free_plan = net.plan(there, alone, None)
+        target = torch.arange(offset, offset + there.shape[1], device=device).expand(batch, -1)
 
         def predict(tokens: Tensor, is_masked: Tensor, step: int, wanted: Tensor | None) -> Tensor:
             rows = self.embed(tokens, is_masked)
             x = torch.cat([before, rows + added], dim=1)
-            if guided:
-                out = net.pass_over(x, scales[step], plan)[:, offset:]
+            if guided:  # the deviation is taken over the whole target, but of nothing else
+                out = net.pass_over(x, scales[step], plan, None if wanted is None else target)
+                out = out[:, offset:] if wanted is None else out
                 free = net.pass_over(rows + kept, scales[step], free_plan)
                 out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
                 out = out if wanted is None else masked.rows_of(out, wanted)

@@ -155,6 +155,7 @@ class Stage2(nn.Module):
         guided = settings.cfg > 0 and (start > 0 or settings.released)
         net, plan = self.diff_estimator, self.diff_estimator.plan(mask, *whole)
         free_plan = net.plan(there, alone, None)
+        target = torch.arange(start, start + frames, device=device).expand(batch, -1)
         scales_of: dict[int, Tensor] = {}
         for layer in range(self.first_layer, count):
             fixed = self.context(codes, layer, in_prompt) + self.condition(semantic, layer)
@@ -178,8 +179,9 @@ class Stage2(nn.Module):
                 own = self.embed_layer(layer, tokens)
                 rows = target_rows + torch.where(is_masked[..., None], self.mask_emb.weight[0], own)
                 x = torch.cat([prompt_rows, rows], dim=1)
-                if guided:
-                    out = net.pass_over(x, scales[step], plan)[:, start:]
+                if guided:  # as in stage 1
+                    out = net.pass_over(x, scales[step], plan, None if wanted is None else target)
+                    out = out[:, start:] if wanted is None else out
                     free = net.pass_over(rows, scales[step], free_plan)
                     out = masked.guide(out, free, settings.cfg, settings.rescale, alone)
                     out = out if wanted is None else masked.rows_of(out, wanted)

@@ -42,7 +42,7 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, rotate-half form; ``cos`` and ``sin`` of :func:`rotary_table`."""
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,7 +154,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if fused(self.gate_up, self.gate_proj):
             gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
-            return self.down_proj(F.silu(gate) * up)
+            return self.down_proj(F.silu(gate, inplace=True).mul_(up))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -42,7 +42,7 @@ def rotary_table(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, rotate-half form; ``cos`` and ``sin`` of :func:`rotary_table`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -310,8 +310,9 @@ def keep(found: dict[str, Any], folder: Path) -> Path:
     path = folder / f"generate-{found['preset']}.json"
     write_text(path, json.dumps(found, indent=1) + "\n")
     figure, axes = plt.subplots(1, len(found["tasks"]), figsize=(4.2 * len(found["tasks"]), 3.2), squeeze=False)
+    names = list(dict.fromkeys(p for values in found["tasks"].values() for p in values["parts"]["released"]))
     for axis, (task, values) in zip(axes[0], found["tasks"].items(), strict=True):
-        frame = pandas.DataFrame(values["parts"]).T.fillna(0.0)
+        frame = pandas.DataFrame(values["parts"]).T.reindex(columns=names).fillna(0.0)
         frame.plot.bar(stacked=True, ax=axis, rot=0, legend=axis is axes[0][-1], width=0.7)
         title = f"{task}: {values['fp32_ratio']:.2f} times faster in fp32, {values['bf16_ratio']:.2f} in bf16"
         axis.set(title=title, ylabel="CPU seconds", xlabel="")

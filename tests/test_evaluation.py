@@ -20,6 +20,8 @@ from metis_lib.errors import MetisError
 from metis_lib.evaluation import judges, metrics, record, report, runner, scoring, statistics, systems
 from metis_lib.evaluation.metrics import MetricFailure
 
+pytestmark = pytest.mark.evaluation
+
 ROOT = Path(__file__).resolve().parents[1]
 SUMMARY_KEYS = {"mean", "ci95", "n", "n_failed", "protocol", "unit", "seeds", "seed_sd"}
 
@@ -483,7 +485,6 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.evaluation
 def test_killed_at_ten_moments_a_run_ends_with_the_tables_of_an_undisturbed_one(tmp_path: Path) -> None:
     """Three notebooks, two systems, two seeds, three items; no finished unit (notebook, recording) is made again."""
     script = tmp_path / "run.py"

@@ -112,6 +112,12 @@ def read_log(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def sweep(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for partial in folder.rglob(".*.part"):
+        partial.unlink(missing_ok=True)
+
+
 def generate_all(
     metis: Metis, task: str, items: Sequence[Mapping[str, Any]], out: Path, *, options: dict[str, Any], seed: int = 0,
     suffix: str = ".flac", fresh: bool = False, about: Mapping[str, Any] | None = None,
@@ -133,6 +139,7 @@ def generate_all(
         ``done``, ``kept`` (numbers) and ``failed`` (id: reason).
     """
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     log, failed, waiting, done = out / LOG, dict[str, str](), list[tuple[str, str, Job]](), 0
     if fresh:
         log.unlink(missing_ok=True)

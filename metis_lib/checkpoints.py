@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metis_lib.assets import sha256_file as sha256
 from metis_lib.config import from_dict, to_dict
-from metis_lib.errors import MetisError
+from metis_lib.errors import MetisError, must_match
 
 SHIPPED = Path(__file__).parent / "weights"
 C = TypeVar("C")
@@ -107,14 +107,7 @@ def fill(module: nn.Module, state: dict[str, Tensor], where: str | Path, *, assi
     ``assign`` takes the tensors themselves, for modules on the meta device.
     """
     have = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    wrong = sorted(key for key in have.keys() | given.keys() if have.get(key) != given.get(key))
-    if wrong:
-        key = wrong[0]
-        raise MetisError(
-            f"{where} does not fit the model: {len(wrong)} tensors differ, the first is {key} "
-            f"(model {have.get(key, 'lacks it')}, file {given.get(key, 'lacks it')})"
-        )
+    must_match(have, {key: tuple(value.shape) for key, value in state.items()}, str(where))
     module.load_state_dict(state, assign=assign)
 
 

@@ -157,8 +157,10 @@ def test_lora_active_and_merged():
         torch.testing.assert_close(estimator(io["x"], io["t"]), io["out_lora"], **TOLERANCE)
         again = adapt.lora_state(model)
         assert set(again) == set(lora) and all(torch.equal(again[k], lora[k]) for k in lora)
-        adapt.merge_lora(model)
-        assert not adapt.lora_layers(model)
+        base, _ = vectors("lora")
+        estimator = (model := lora_model(base)).diff_estimator
+        assert adapt.check_lora(model, lora) == 4
+        adapt.fold_lora(model, lora)
         torch.testing.assert_close(estimator(io["x"], io["t"]), io["out_merged"], **TOLERANCE)
         weight = estimator.layers[0].self_attn.q_proj.weight
         torch.testing.assert_close(weight, io["merged_q_proj_0"], **TOLERANCE)
@@ -170,8 +172,9 @@ def test_lora_keys_must_fit():
     adapt.add_lora(model, rank=4)
     lora = {k.removeprefix("lora/"): v for k, v in state.items() if k.startswith("lora/")}
     lora["model.tpyo"] = lora.pop(sorted(lora)[0])
-    with pytest.raises(MetisError, match="LoRA"):
-        adapt.load_lora(model, lora)
+    for check, to in ((adapt.load_lora, model), (adapt.check_lora, lora_model(state))):
+        with pytest.raises(MetisError, match="LoRA"):
+            check(to, lora)
 
 
 def stage2_models():

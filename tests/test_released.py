@@ -262,9 +262,9 @@ def test_lora_of_the_released_code_merges_to_its_numbers(tmp_path):
     model = Stage1(replace(config.stage1, **task.stage1)).eval()
     plain = {key: value for key, value in added.items() if ".lora_" not in key}
     fill(model, released.part("stage1").state_dict() | plain, "here")
-    adapt.add_lora(model, task.lora_rank)
-    adapt.load_lora(model, {key: value for key, value in added.items() if key not in plain})
-    adapt.merge_lora(model)
+    lora = {key: value for key, value in added.items() if key not in plain}
+    assert adapt.check_lora(model, lora) == task.lora_rank
+    adapt.fold_lora(model, lora)
     with torch.no_grad():
         out = model.diff_estimator(golden["io/x"], golden["io/t"])
     torch.testing.assert_close(out, golden["io/out_merged"], atol=1e-4, rtol=0)

@@ -282,6 +282,7 @@ def produce(
     clips: list[Clip] = []
     for system in choose_systems(task, systems, maker.checkpoint):
         folder = Path(out) / task / label(system) / "audio"
+        bulk.sweep(folder)
         if system in TASKS[task]["systems"]:
             clips += [_fixed(maker, system, item, folder) for item in progress(items, f"{task}: {system}")]
         else:

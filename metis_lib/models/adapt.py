@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metis_lib.errors import MetisError
+from metis_lib.errors import MetisError, must_match
 from metis_lib.models.transformer import initialise_mlp
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -53,11 +53,6 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None, dropout: f
     peft.inject_adapter_in_model(config, model, adapter_name="default")
 
 
-def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The LoRA-wrapped linear layers of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-
-
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """LoRA weights under the released names (``model.<layer>.lora_A.default.weight``)."""
     return {f"model.{key}": value for key, value in model.state_dict().items() if ".lora_" in key}
@@ -80,14 +75,7 @@ def check_lora(model: nn.Module, state: dict[str, Tensor]) -> int:
     for name, layer in linear.items():
         shapes[f"{name}.lora_A.default.weight"] = (rank, layer.in_features)
         shapes[f"{name}.lora_B.default.weight"] = (layer.out_features, rank)
-    have = {key: tuple(value.shape) for key, value in state.items()}
-    wrong = sorted(key for key in have.keys() | shapes.keys() if have.get(key) != shapes.get(key))
-    if wrong:
-        key = wrong[0]
-        raise MetisError(
-            f"LoRA weights do not fit this model: {len(wrong)} keys differ, the first is {key} "
-            f"(model {shapes.get(key, 'lacks it')}, weights {have.get(key, 'lack it')})"
-        )
+    must_match(shapes, {key: tuple(value.shape) for key, value in state.items()}, "LoRA")
     return rank
 
 
@@ -105,11 +93,3 @@ def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False,
             layer.weight = nn.Parameter(folded, requires_grad=False)
         else:
             weight.copy_(folded)
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Fold LoRA into the base weights (``W + alpha / rank * B A``) and take its layers out, in place."""
-    for name, module in lora_layers(model).items():
-        module.merge()  # type: ignore[operator]
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], module.get_base_layer())  # type: ignore[operator]

@@ -699,8 +699,9 @@ class Queue(Command):
 
         path = self.path or ROOT / "recipes" / "nano" / "queue.json"
         if self.action in ("pause", "continue"):
-            number = queue.pause(path, self.action == "pause")
-            return Answer(f"process {number}: {self.action}", {"process": number, "action": self.action})
+            numbers = queue.pause(path, self.action == "pause")
+            said = f"process {', '.join(map(str, numbers))}: {self.action}"
+            return Answer(said, {"processes": numbers, "action": self.action})
         done: list[dict[str, Any]] = []
         if self.action == "run":
             with contextlib.suppress(OSError, AttributeError):

@@ -89,8 +89,8 @@ class Stage1Config:
     """Masked generative transformer over SSL tokens (Metis sections 3.2 and 4.1).
 
     ``adapter`` is ``"none"``, ``"gated"`` (a zero-initialised gate: VC, TSE, SE, Omni) or ``"plain"`` (L2S).
-    ``text_hint`` is ``"none"`` (as published) or ``"even"``: the phones are also stretched evenly over the
-    target frames and added to the input, which lets small models align text within minutes.
+    ``text_hint`` is ``"none"`` (as published), ``"even"`` or ``"timed"``: the phones are also stretched over the
+    target frames, evenly or by predicted durations, and added to the input, which lets small models align text soon.
     """
 
     hidden_size: int = 1536

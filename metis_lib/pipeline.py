@@ -19,7 +19,7 @@ from metis_lib.errors import MetisError
 from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, run
 from metis_lib.models import adapt
 from metis_lib.models.masked import Noise
-from metis_lib.models.stage1 import Stage1, stretch
+from metis_lib.models.stage1 import Stage1, spread, stretch
 from metis_lib.models.stage2 import Stage2
 from metis_lib.stores import PARTS, Folder, Random, Store
 from metis_lib.tasks import TASKS
@@ -483,7 +483,8 @@ class Metis:
         if len(wav) > LONGEST_WHOLE * AUDIO_RATE and not self.compat:
             return Job([], len(wav), info, self._windows(wav_16k, voice, generator))
         condition, frames = self._condition(wav_16k, voice)
-        more = {} if texts is None else self._texts(*texts, 0 if voice is None else len(voice.tokens), frames)
+        start = 0 if voice is None else len(voice.tokens)
+        more = {} if texts is None else self._texts(*texts, start, frames, info["by"])
         request = Request(frames, generator, voice, condition, **more)
         return Job([request], None if self.compat else len(wav), info)
 
@@ -521,10 +522,12 @@ class Metis:
     def _phones(self, text: str, language: str) -> Tensor:
         return torch.tensor(self.phones.encode(text, language), device=self.device)
 
-    def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int) -> dict[str, Tensor]:
-        """Phones of prompt and text, and stretched over the frames."""
-        hint = [stretch(said[None], start)[0], stretch(wanted[None], frames)[0]]
-        return {"phones": torch.cat([said, wanted]), "hint": torch.cat(hint)}
+    def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int, model: str) -> dict[str, Tensor]:
+        """Phones of prompt and text, and stretched over the frames: evenly over the prompt, as the model times them
+        over the rest."""
+        both = torch.cat([said, wanted])
+        weights = self.task_model(model).times_of(both)[len(said) :]
+        return {"phones": both, "hint": torch.cat([stretch(said[None], start)[0], spread(wanted, weights, frames)])}
 
     def _tts(
         self, text: str, prompt: Source, prompt_text: str, generator: torch.Generator, info: dict[str, Any],
@@ -542,7 +545,8 @@ class Metis:
                 return int(seconds * FRAME_RATE) if self.compat else round(seconds * FRAME_RATE)
             if self.compat or self.phones.size > 512:  # the released table
                 return byte_rule(start, prompt_text, words)
-            return target_frames(start, len(said), len(phones))
+            times = self.task_model(info["by"]).times_of(torch.cat([said, phones]))
+            return target_frames(start, float(times[: len(said)].sum()), float(times[len(said) :].sum()))
 
         parts = [(text, wanted)]
         if seconds is None and not self.compat and length(text, wanted) > SAID_AT_ONCE * FRAME_RATE:
@@ -554,7 +558,8 @@ class Metis:
                 raise MetisError(
                     f"cannot speak for {frames / FRAME_RATE:g} s; shorten the text or set seconds (0.02 to 60)"
                 )
-            requests.append(Request(frames, generator, voice, **self._texts(said, phones, start, frames)))
+            hint = self._texts(said, phones, start, frames, info["by"])
+            requests.append(Request(frames, generator, voice, **hint))
             generator = torch.Generator().manual_seed(generator.initial_seed() + 1)
         return Job(requests, None, info | {"text": text})
 

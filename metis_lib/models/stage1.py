@@ -46,6 +46,34 @@ def stretch(phones: Tensor, frames: int) -> Tensor:
     return phones[:, index.long().clamp(max=phones.shape[1] - 1)]
 
 
+class Durations(nn.Module):
+    """How long phones are, relative to each other: embedding and two convolutions (our addition)."""
+
+    def __init__(self, vocab: int, width: int = 96, kernel: int = 5) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab, width)
+        self.first = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.second = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.out = nn.Linear(width, 1)
+
+    def forward(self, phones: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Phone ids ``[B, L]`` to logarithms of durations ``[B, L]``; only their differences mean anything.
+
+        ``mask [B, L]`` is True where there is a phone.
+        """
+        there = torch.ones_like(phones, dtype=torch.bool)[:, None] if mask is None else mask[:, None]
+        x = self.embedding(phones).transpose(1, 2) * there
+        x = x + self.second(nn.functional.silu(self.first(x)) * there)
+        return self.out(nn.functional.silu(x).transpose(1, 2))[..., 0]
+
+
+def spread(phones: Tensor, weights: Tensor, frames: int) -> Tensor:
+    """Spread ``phones [L]`` over ``frames``, each in proportion to its weight ``[L]`` > 0: ``[frames]``."""
+    ends = weights.double().cumsum(0)
+    at = (torch.arange(frames, device=phones.device) + 0.5) * ends[-1] / max(frames, 1)
+    return phones[torch.searchsorted(ends, at, right=True).clamp(max=len(phones) - 1)]
+
+
 class Stage1(nn.Module):
     """Masked generative transformer over one stream of SSL tokens."""
 
@@ -67,10 +95,12 @@ class Stage1(nn.Module):
             self.cond_adapter = PlainAdapter(config.cond_dim, width)
         elif config.adapter != "none":
             raise ValueError(f"adapter must be none, gated or plain, not {config.adapter!r}")
-        if config.text_hint == "even":
+        if config.text_hint not in ("none", "even", "timed"):
+            raise ValueError(f"text_hint must be none, even or timed, not {config.text_hint!r}")
+        if config.text_hint != "none":
             self.text_hint = TextHint(config.phone_vocab, width, config.hint_kernel)
-        elif config.text_hint != "none":
-            raise ValueError(f"text_hint must be none or even, not {config.text_hint!r}")
+        if config.text_hint == "timed":
+            self.durations = Durations(config.phone_vocab)
 
     def embed(self, tokens: Tensor, is_masked: Tensor) -> Tensor:
         """Embeddings ``[B, T, H]`` of ``tokens [B, T]``, with the mask embedding where ``is_masked [B, T]``."""
@@ -124,6 +154,12 @@ class Stage1(nn.Module):
         """
         x = self.embed(tokens, is_masked) + self.condition_embedding(condition, hint)
         return self.hidden(x, t, phones=phones, mask=mask, phone_mask=phone_mask)
+
+    def times_of(self, phones: Tensor) -> Tensor:
+        """Relative durations ``[L]`` of ``phones [L]``: predicted where the hint is timed, else all the same."""
+        if self.config.text_hint != "timed":
+            return torch.ones(len(phones), device=phones.device)
+        return self.durations(phones[None])[0].float().exp()
 
     def condition_embedding(self, condition: Tensor | None, hint: Tensor | None) -> Tensor | float:
         """What is added to the input: adapter output plus text hint, ``[B, T, H]`` (0.0 when there is neither)."""

@@ -14,9 +14,9 @@ TTS = Task(
 )
 
 
-def target_frames(prompt_frames: int, prompt_units: int, units: int, *, shortest: int = 25) -> int:
-    """Length of the target at the prompt's speaking rate: frames scaled by the number of units (phones)."""
-    return max(shortest, round(prompt_frames * units / max(prompt_units, 1)))
+def target_frames(prompt_frames: int, prompt_units: float, units: float, *, shortest: int = 25) -> int:
+    """Length of the target at the prompt's speaking rate: frames scaled by units (phones, or their durations)."""
+    return max(shortest, round(prompt_frames * units / max(prompt_units, 1e-6)))
 
 
 def byte_rule(prompt_frames: int, prompt_text: str, text: str) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,7 @@ from metis_lib.models.stage1 import stretch
 from metis_lib.tokenizers.ssl import SHORTEST, fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
 from metis_lib.training.loop import TrainSettings
+from metis_lib.training.teacher import Taught
 
 Batch = dict[str, Any]
 
@@ -253,7 +254,7 @@ class Speech:
 
     A batch: ``heard [B, T, 160]`` (degraded with probability ``noisy``), ``clean [B, T, 160]``, ``lengths [B]``,
     ``spans [B, T]`` (frames to hide, about ``share`` of each utterance), ``phones`` (a list an utterance; empty where
-    cut or unknown).  Longer recordings are cut at random to ``longest`` frames.
+    cut or unknown), with a teacher ``taught [B, T, C]``.  Longer recordings are cut at random to ``longest`` frames.
     """
 
     waves: FlatStore
@@ -262,6 +263,7 @@ class Speech:
     longest: int = 300
     seed: int = 0
     share: float = 0.35
+    taught: Taught | None = None
     ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -274,9 +276,11 @@ class Speech:
         heard: list[Tensor] = []
         spans: list[Tensor] = []
         phones: list[list[int]] = []
+        taught: list[Tensor] = []
         for i in items:
             rng, wav = chance(self.seed, epoch, i), self.waves[i]
             first = int(rng.integers(max(len(wav) - self.longest * HOP, 0) + 1))
+            first -= first % HOP if self.taught else 0
             phones.append(self.phones[i] if len(wav) <= self.longest * HOP else [])
             wav = wav[first : first + self.longest * HOP].astype(np.float32) / 32767
             clean.append(_heard(wav))
@@ -290,8 +294,12 @@ class Speech:
             else:
                 heard.append(clean[-1])
             spans.append(span_mask(len(clean[-1]), rng, self.share))
+            if self.taught:
+                features = self.taught(i, first // HOP, len(clean[-1]))
+                taught.append(torch.nn.functional.pad(features, (0, 0, 0, len(clean[-1]) - len(features))))
         x, lengths = padded(clean)
-        return {"clean": x, "heard": padded(heard)[0], "lengths": lengths, "spans": padded(spans)[0], "phones": phones}
+        out = {"clean": x, "heard": padded(heard)[0], "lengths": lengths, "spans": padded(spans)[0], "phones": phones}
+        return out | ({"taught": padded(taught)[0]} if taught else {})
 
 
 def span_mask(frames: int, rng: np.random.Generator, share: float = 0.35, span: int = 10) -> Tensor:
@@ -316,7 +324,8 @@ class Tokens:
     """Token shards for stage 1 (pre-training, text-to-speech) and stage 2.
 
     A batch: ``tokens [B, T]`` (SSL), ``lengths [B]``, ``t [B]``, ``prompt [B]``, ``hidden [B, T]``; with ``text`` also
-    :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with
+    :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with ``timed``
+    (durations by id) the hint follows them and ``durations [B, L]`` are there; with
     ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.
     """
 
@@ -328,6 +337,7 @@ class Tokens:
     shortest: int = 25
     longest: int = 600
     seed: int = 0
+    timed: Mapping[str, np.ndarray] | None = None
     tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
 
     def __post_init__(self) -> None:
@@ -355,6 +365,7 @@ class Tokens:
         out = {"tokens": tokens[..., 0], "lengths": lengths} | _masks(masks)
         if told:
             out |= phone_batch(ids, lengths.tolist(), self.tokenizer.pad_id)
+            out |= self._times(out, ids, items, epoch) if self.timed is not None else {}
         if self.layer_weights is not None:
             odds = np.array(self.layer_weights)
             out |= {
@@ -362,6 +373,23 @@ class Tokens:
                 "layer": int(chance(self.seed, step, 2).choice(len(odds), p=odds / odds.sum())),
             }
         return out
+
+    def _times(self, batch: Batch, ids: Sequence[list[int]], items: Sequence[int], epoch: int) -> Batch:
+        """``durations [B, L]`` in frames (0: unknown) and the ``hint`` by them."""
+        from metis_lib.training.durations import left_padded, timed_hint
+
+        known, hints = [], []
+        for row, (i, phones) in enumerate(zip(items, ids, strict=True)):
+            found = (self.timed or {}).get(self.shards.record(i)["id"], np.zeros(0, np.int16))
+            n, prompt = int(batch["lengths"][row]), int(batch["prompt"][row])
+            fits = len(found) == len(phones) > 0
+            durations = torch.from_numpy(found.astype(np.float32)) if fits else torch.zeros(len(phones))
+            jitter = torch.from_numpy(chance(self.seed, epoch, i, 3).lognormal(0.0, 0.25, len(phones))).float()
+            known.append(durations)
+            hints.append(
+                timed_hint(torch.tensor(phones), durations, prompt, n, jitter) if fits else batch["hint"][row, :n]
+            )
+        return {"durations": left_padded(known), "hint": padded(hints, self.tokenizer.pad_id)[0]}
 
 
 def _masks(masks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:

@@ -33,12 +33,34 @@ def exists(batch: Batch) -> Tensor:
     return torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
 
 
+def encode(batch: Batch, frozen: Frozen | None, lips: LipEncoder | None = None) -> Batch:
+    """The batch with ``tokens`` and ``condition [B, T, C]``, by the frozen tokenizers where it has them not yet."""
+    out, lengths = dict(batch), batch["lengths"]
+    if "tokens" not in out:
+        assert frozen is not None
+        out["tokens"] = frozen.tokens(batch["target"], lengths)
+    if "features" in out:  # encoded beforehand
+        out["condition"] = out["features"].float()
+    elif "condition" in out:
+        assert frozen is not None
+        out["condition"] = frozen.features(batch["condition"], lengths)
+    if "video" in out:
+        assert lips is not None
+        with torch.no_grad():
+            pictures = (lengths + 1) // 2
+            seen = upsample(lips.to(lengths.device)(batch["video"], pictures), pictures)[:, : int(lengths.max())]
+        place = torch.arange(seen.shape[1], device=lengths.device)[None] >= batch["prompt"][:, None]
+        out["condition"] = seen * place[..., None]  # nothing is seen of the prompt (Metis section 4.2.5)
+    return out
+
+
 class Stage1Training(Objective):
     """Stage 1: cross-entropy of masked SSL tokens (Metis equation 1), with whatever conditions a batch has.
 
-    Batches: :class:`~metis_lib.training.data.Tokens`, ``Adaptation`` or ``Lips``; the last two need ``frozen``
-    tokenizers, ``Lips`` a frozen ``lips`` encoder too.  ``check`` is held-out; ``prompt`` the part of an utterance that
-    is given when text-to-speech is validated; ``voice`` makes SSL tokens ``[1, T]`` audible (24 kHz ``[S]``).
+    Batches: :class:`~metis_lib.training.data.Tokens`, ``Prepared``, ``Adaptation`` or ``Lips``; the last two need
+    ``frozen`` tokenizers, ``Lips`` a frozen ``lips`` encoder too.  ``check`` is held-out; ``prompt`` the part of an
+    utterance that is given when text-to-speech is validated; ``voice`` makes SSL tokens ``[1, T]`` audible (24 kHz
+    ``[S]``).
     """
 
     def __init__(
@@ -48,34 +70,30 @@ class Stage1Training(Objective):
         super().__init__()
         self.model, self.check, self.prompt, self.voice = model, check, prompt, voice
         self.frozen = (frozen, lips.eval() if lips else None)  # in a tuple: no part of what trains
+        self.weights = {"loss": 1.0, "durations": 0.2}
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Masked tokens, frames."""
         masked = float(batch["hidden"].sum())
-        return {"loss": masked, "accuracy": masked, "frames": float(batch["lengths"].sum())}
+        timed = float((batch["durations"] > 0).sum()) if "durations" in batch else 0.0
+        return {"loss": masked, "accuracy": masked, "durations": timed, "frames": float(batch["lengths"].sum())}
 
-    def _given(self, batch: Batch) -> Batch:
-        """The batch with ``tokens`` and ``condition [B, T, C]``, by the frozen tokenizers where it has them not yet."""
-        frozen, lips = self.frozen
-        out, lengths = dict(batch), batch["lengths"]
-        if "tokens" not in out:
-            assert frozen is not None
-            out["tokens"] = frozen.tokens(batch["target"], lengths)
-        if "condition" in out:
-            assert frozen is not None
-            out["condition"] = frozen.features(batch["condition"], lengths)
-        if "video" in out:
-            assert lips is not None
-            with torch.no_grad():
-                pictures = (lengths + 1) // 2
-                seen = upsample(lips.to(lengths.device)(batch["video"], pictures), pictures)[:, : int(lengths.max())]
-            place = torch.arange(seen.shape[1], device=lengths.device)[None] >= batch["prompt"][:, None]
-            out["condition"] = seen * place[..., None]  # nothing is seen of the prompt (Metis section 4.2.5)
-        return out
+    def _encoded(self, batch: Batch) -> Batch:
+        return encode(batch, *self.frozen)
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         """``loss`` summed over masked tokens, and how many of them were right."""
-        return self._cross_entropy(self._given(batch), batch["hidden"], batch["t"])
+        terms = self._cross_entropy(self._encoded(batch), batch["hidden"], batch["t"])
+        if "durations" in batch:
+            terms["durations"] = self._timing(batch)
+        return terms
+
+    def _timing(self, batch: Batch) -> Tensor:
+        """Absolute error of log-durations, the mean of each utterance taken off (its rate is the prompt's)."""
+        durations, known = batch["durations"], batch["durations"] > 0
+        errors = self.model.durations(batch["phones"], batch["phone_mask"]).float() - (durations + 0.1).log()
+        mean = (errors * known).sum(1, keepdim=True) / known.sum(1, keepdim=True).clamp(min=1)
+        return ((errors - mean).abs() * known).sum()
 
     def _cross_entropy(self, batch: Batch, hidden: Tensor, t: Tensor, conditions: bool = True) -> dict[str, Tensor]:
         given = ("phones", "phone_mask", "hint", "condition")
@@ -97,9 +115,11 @@ class Stage1Training(Objective):
 
         tasks = {batch.get("task") for batch in self.check}
         for batch in self.check:
-            batch = self._given(placed(self, batch))
+            batch = self._encoded(placed(self, batch))
             told = [key for key in ("phones", "condition") if key in batch]
             add("cross_entropy", self._cross_entropy(batch, batch["hidden"], batch["t"]), batch["hidden"].sum())
+            if "durations" in batch:
+                add("durations", {"loss": self._timing(batch)}, (batch["durations"] > 0).sum())
             if not told:
                 continue
             # a frame-level condition was made for the batch's own prompts
@@ -110,7 +130,7 @@ class Stage1Training(Objective):
                 ones = torch.ones_like(batch["t"])
                 add(name + label, self._cross_entropy(batch, hidden, ones, conditions), hidden.sum())
         scores = {key: total / max(count, 1) for key, (total, count) in sums.items()}
-        if self.check and {"condition", "video"} & set(self.check[0]):
+        if self.check and {"condition", "features", "video"} & set(self.check[0]):
             batch, made = self._generated(self.check[0])
             there = torch.arange(made.shape[1], device=made.device)[None] < batch["lengths"][:, None]
             scores["generated_accuracy"] = float((made == batch["tokens"])[there].float().mean())
@@ -118,7 +138,7 @@ class Stage1Training(Objective):
 
     def _generated(self, batch: Batch) -> tuple[Batch, Tensor]:
         """A batch, and the tokens ``[B, T]`` that its conditions give in 10 steps without a prompt."""
-        batch = self._given(placed(self, batch))
+        batch = self._encoded(placed(self, batch))
         nothing = batch["tokens"][:, :0]
         more = {key: batch.get(key) for key in ("condition", "hint")}
         if "phones" in batch:  # of one utterance alone: others would be heard through their padding

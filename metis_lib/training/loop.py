@@ -168,6 +168,8 @@ def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str 
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise MetisError(f"strategy {strategy!r} on device {device!r}: {error}") from error
+    if settings.precision.endswith("-mixed"):  # Fabric would round waveforms, and what they are compared with, to bf16
+        fabric._precision.convert_input = lambda data: data
     fabric.launch()
     return fabric
 

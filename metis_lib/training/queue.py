@@ -106,9 +106,9 @@ def run_next(
         about={"data": queue["data"], "licence": queue["licence"]},
     )  # fmt: skip
     say(f"piece {number}: {entry['model']}, from step {entry.get('steps', 0)} to {job.settings.steps}")
-    pid = home(queue) / "queue.pid"
+    pid = home(queue) / f"queue-{entry['model']}.pid"  # two models may train beside each other, each on one core
     if working(pid):
-        raise MetisError(f"process {pid.read_text()} works on the queue already")
+        raise MetisError(f"process {pid.read_text()} works on {entry['model']} already")
     write_text(pid, str(os.getpid()))
     run = job.out / "runs" / entry["model"]
     if entry.get("state", "todo") == "todo":  # states of an earlier piece of this model are not its own
@@ -158,11 +158,11 @@ def write(path: Path, queue: dict[str, Any]) -> None:
     write_text(path, f'{text},\n "pieces": [\n{lines}\n ]\n}}\n')
 
 
-def pause(path: Path, paused: bool) -> int:
-    """Stop (or let go on) the process that works on the queue; its number.  MetisError where there is none."""
-    pid = home(read(path)) / "queue.pid"
-    if not working(pid):
+def pause(path: Path, paused: bool) -> list[int]:
+    """Stop (or let go on) the processes that work on the queue; their numbers.  MetisError where there is none."""
+    numbers = [int(pid.read_text()) for pid in sorted(home(read(path)).glob("queue-*.pid")) if working(pid)]
+    if not numbers:
         raise MetisError("nobody works on the queue now")
-    number = int(pid.read_text())
-    os.kill(number, signal.SIGSTOP if paused else signal.SIGCONT)
-    return number
+    for number in numbers:
+        os.kill(number, signal.SIGSTOP if paused else signal.SIGCONT)
+    return numbers

@@ -47,7 +47,10 @@ from metis_lib.tokenizers.text import PhoneTokenizer
 from metis_lib.training import data
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
+from metis_lib.training.durations import time_phones
 from metis_lib.training.loop import Objective, TrainSettings, card, fit, make_fabric
+from metis_lib.training.prepared import Mixed, Prepared, prepare
+from metis_lib.training.teacher import ASSET, WIDTH, Taught, teach
 
 FOLDERS = {"semantic": "semantic_codec", "acoustic": "acoustic_codec"} | {name: f"tasks/{name}" for name in TASKS}
 """Folder of a part below a system's, where it is not the part's name."""
@@ -173,6 +176,15 @@ class Job:
             return Sources(pool)
         return data.sources_of(folder, split, pool)
 
+    def timed(self, split: str) -> dict[str, Any]:
+        """Durations of the phones of a split by recording, by the phone head of the system's SSL encoder."""
+        head = load_state(self.out / "ssl", "phones")
+        linear = torch.nn.Linear(head["weight"].shape[1], len(head["weight"]))
+        fill(linear, head, self.out / "ssl")
+        folder = data.prepared(self.recordings) / f"durations-{system_hash(self.out / 'ssl')[:8]}" / split
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return time_phones(self.waves(split), self.frozen.encoder, linear, folder)
+
     def tokens(self, split: str) -> Any:
         """Token shards of a split, made by the system's tokenizers on first use."""
         if self.shards is not None:
@@ -197,21 +209,36 @@ Built = tuple[Objective, Any, Callable[[], dict[str, Any]]]
 
 def _check(job: Job, source: Any) -> list[Any]:
     settings = replace(job.settings, frames=min(job.settings.frames, 3000), seed=1)
-    return data.Feed(source, settings).held_out(job.check)
+    return (source if isinstance(source, Mixed) else data.Feed(source, settings)).held_out(job.check)
 
 
 def _ssl(job: Job) -> Built:
-    """Options: ``ctc`` (weight, 0 for none), ``noisy`` (part heard degraded), ``longest`` (frames)."""
+    """Options: ``ctc`` (weight, 0 for none), ``noisy`` (part heard degraded), ``longest`` (frames), ``hidden``
+    (share of the frames), ``teacher`` (``none`` or ``moonshine``)."""
     o = job.chosen
+    if o["teacher"] not in ("none", ASSET):
+        raise MetisError(f"unknown teacher {o['teacher']!r}; choose none or {ASSET}")
+    taught: dict[str, Taught | None] = {
+        split: teach(job.waves(split), data.prepared(job.recordings) / f"{ASSET}-{split}")
+        if o["teacher"] == ASSET else None
+        for split in ("train", "validation")
+    }  # fmt: skip
     sources = {split: job.sources(split) for split in ("train",)} if o["noisy"] else {}
-    source = data.Speech(job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed)
-    held_out = data.Speech(job.waves("validation"), longest=600)
-    objective = tok.SSLTraining(job.system.ssl, phones=PhoneTokenizer().size, ctc=o["ctc"], check=_check(job, held_out))
+    source = data.Speech(
+        job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed, o["hidden"],
+        taught["train"],
+    )  # fmt: skip
+    held_out = data.Speech(job.waves("validation"), longest=600, share=o["hidden"], taught=taught["validation"])
+    objective = tok.SSLTraining(
+        job.system.ssl, phones=PhoneTokenizer().size, ctc=o["ctc"], taught=WIDTH if taught["train"] else 0,
+        check=_check(job, held_out),
+    )  # fmt: skip
 
     def saved() -> dict[str, Any]:
         feed = data.Feed(source, replace(job.settings, frames=6000))
         tok.set_statistics(objective.encoder, feed.held_out(20))
         save_part(job.folder, objective.encoder.stats_state(), job.system.ssl, name="stats")
+        save_part(job.folder, objective.heads.phones, job.system.ssl, name="phones")
         return {"state": objective.encoder, "config": job.system.ssl}
 
     return objective, source, saved
@@ -274,7 +301,8 @@ def _lips(job: Job) -> Built:
 
 
 def _task(job: Job) -> Built:
-    """Options: ``text_hint`` (``even``), ``longest`` (frames), ``audio`` (targets from audio, not token shards)."""
+    """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
+    shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew)."""
     entry, o = task(job.model), job.chosen
     hint = {"text_hint": o["text_hint"]} if o["text_hint"] != "none" and entry.takes_text else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
@@ -282,42 +310,69 @@ def _task(job: Job) -> Built:
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
     model = gen.task_model(base_config, base, config)
     gen.choose_trained(model, base, job.mode)
+    texts = job.model == "tts" and (job.shards is not None or not o["audio"])
+    frozen = None if texts else job.frozen
+    lips = load_module(job.out / "lips", LipConfig, LipEncoder) if entry.takes_video else None
     made: dict[str, Any] = {}
-    frozen, lips = None, None
     for split, seed in (("train", job.settings.seed), ("validation", 1)):
-        longest = min(o["longest"], 300) if entry.takes_video else o["longest"]
-        drop = entry.condition_dropout if split == "train" else 0.0
-        if job.model == "tts" and (job.shards is not None or not o["audio"]):
-            made[split] = data.Tokens(
-                job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed
-            )
-            continue
-        frozen = job.frozen
-        if entry.takes_video:
-            lips = load_module(job.out / "lips", LipConfig, LipEncoder)
-            made[split] = data.Lips(job.waves(split), entry.masking, longest, seed)
-            continue
-        pool = Pool(job.waves(split))
-        shards = job.tokens(split) if not o["audio"] else None
-        made[split] = data.Adaptation(
-            pool, job.sources(split, pool), entry.mixture or {job.model: 1.0}, masking=entry.masking, shards=shards,
-            dropout=drop, longest=longest, seed=seed,
-        )  # fmt: skip
+        made[split] = task_source(job, split, seed, frozen, lips)
     check = _check(replace(job, check=4 * job.check) if job.model == "omni" else job, made["validation"])
     objective = gen.Stage1Training(model, frozen=frozen, lips=lips, check=check, voice=job.voice)
     full = job.mode == "full"
     return objective, made["train"], lambda: {"state": gen.task_state(model, base, full=full), "config": config}
 
 
+def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips: LipEncoder | None) -> Any:
+    """What a task's batches of a split come from: a source, or a feed of several."""
+    entry, o = task(job.model), job.chosen
+    longest = min(o["longest"], 300) if entry.takes_video else o["longest"]
+    drop = entry.condition_dropout if split == "train" else 0.0
+
+    def spoken() -> data.Tokens:
+        timed = job.timed(split) if o["text_hint"] == "timed" else None
+        return data.Tokens(
+            job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed, timed=timed
+        )
+
+    def simulated(odds: dict[str, float]) -> Any:
+        if entry.takes_video:
+            return data.Lips(job.waves(split), entry.masking, longest, seed)
+        pool = Pool(job.waves(split))
+        shards = job.tokens(split) if not o["audio"] else None
+        return data.Adaptation(
+            pool, job.sources(split, pool), odds, masking=entry.masking, shards=shards, dropout=drop, longest=longest,
+            seed=seed,
+        )  # fmt: skip
+
+    if frozen is None:
+        return spoken()
+    odds = entry.mixture or {job.model: 1.0}
+    if not o["passes"]:
+        return simulated(odds)
+    parts = ("ssl", "semantic_codec", *(("lips",) if lips else ()))
+    made_by = "-".join(system_hash(job.out / part)[:8] for part in parts)
+    sources: dict[str, Any] = {}
+    for name in odds:
+        if name == "tts":
+            sources[name] = spoken()
+            continue
+        passes = o["passes"] if split == "train" else 1
+        folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store = prepare(simulated({name: 1.0}), lambda batch: gen.encode(batch, frozen, lips), folder, passes=passes)
+        sources[name] = Prepared(store, name, entry.masking, drop if name in ("vc", "tse") else 0.0, seed)
+    return sources[job.model] if len(sources) == 1 else Mixed(sources, odds, job.settings)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
-    "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300},
+    "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300, "hidden": 0.35, "teacher": "none"},
     "semantic": {"longest": 300},
     "acoustic": {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano"},
     "stage1": {"floor": 0.0, "longest": 600},
     "stage2_layer1": {"longest": 600},
     "stage2_full": {"longest": 600},
     "lips": {},
-    **{name: {"longest": 600, "text_hint": "none", "audio": False} for name in TASKS},
+    **{name: {"longest": 600, "text_hint": "none", "audio": False, "passes": 0} for name in TASKS},
 }
 """What each model's builder can be told, with what holds otherwise."""
 
@@ -385,8 +440,8 @@ def train(
             raise MetisError(f"{run} is finished; to train on from its weights say --fresh, or take another folder")
     fabric.barrier()
     scores = fit(
-        objective, data.Feed(source, job.settings, workers=job.workers), job.settings, run, fabric=fabric,
-        budget=budget, first=first, say=say,
+        objective, source if isinstance(source, Mixed) else data.Feed(source, job.settings, workers=job.workers),
+        job.settings, run, fabric=fabric, budget=budget, first=first, say=say,
     )  # fmt: skip
     if fabric.is_global_zero:
         done = saved()
@@ -473,6 +528,8 @@ def finetune(
             )
     system = derive(base, out)
     options = {"audio": True, **match_task(out, name, mode, rank)}
+    if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
+        options |= {"audio": False, "passes": int(name == "omni")}
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
     like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
     job = Job(

@@ -92,13 +92,14 @@ class MaskedPrediction(nn.Module):
     """Heads for training an SSL encoder: BEST-RQ targets (arXiv 2202.01855) and phone CTC.
 
     Targets are labels of a fixed random projection and codebook over the clean input; spans of the input are
-    hidden.  ``phones > 0`` adds CTC over phones, which makes the units phonetic within minutes.
+    hidden.  ``phones > 0`` adds CTC over phones, which makes the units phonetic within minutes; ``taught > 0`` a
+    prediction of a teacher's features of that width.
     """
 
     projection: Tensor
     codebook: Tensor
 
-    def __init__(self, config: SSLConfig, phones: int, labels: int = 512, books: int = 2) -> None:
+    def __init__(self, config: SSLConfig, phones: int, labels: int = 512, books: int = 2, taught: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1234)
         self.register_buffer("projection", torch.randn(books, config.input_dim, 16, generator=generator))
@@ -106,6 +107,7 @@ class MaskedPrediction(nn.Module):
         self.register_buffer("codebook", F.normalize(codebook, dim=-1))
         self.predict = nn.ModuleList(nn.Linear(config.hidden_size, labels) for _ in range(books))
         self.phones = nn.Linear(config.hidden_size, phones + 1) if phones else None
+        self.taught = nn.Linear(config.hidden_size, taught) if taught else None
 
     def labels(self, features: Tensor) -> Tensor:
         """BEST-RQ labels ``[books, N]`` of features ``[N, 160]``."""
@@ -116,48 +118,61 @@ class MaskedPrediction(nn.Module):
 class SSLTraining(Objective):
     """SSL encoder by masked prediction in the manner of w2v-BERT and BEST-RQ, and phone CTC where phones are known.
 
+    With a teacher, its standardised features of the clean speech take the place of the BEST-RQ labels, in all frames:
+    masked prediction, denoising and distillation in one squared error.
+
     A part of the utterances is heard degraded while the targets stay those of the clean ones, so that the units hold
     on to the words (as WavLM does).  Batches: :class:`~metis_lib.training.data.Speech`.
     """
 
-    def __init__(self, config: SSLConfig, *, phones: int, ctc: float = 1.0, check: Sequence[Batch] = ()) -> None:
+    def __init__(
+        self, config: SSLConfig, *, phones: int, ctc: float = 1.0, taught: int = 0, check: Sequence[Batch] = ()
+    ) -> None:
         super().__init__()
-        self.encoder, self.heads = SSLEncoder(config), MaskedPrediction(config, phones)
-        self.weights, self.check = {"masked": 1.0, "ctc": ctc if phones else 0.0}, check
+        self.encoder, self.heads = SSLEncoder(config), MaskedPrediction(config, phones, taught=taught)
+        first = {"taught": 5.0} if taught else {"masked": 1.0}
+        self.weights, self.check = first | {"ctc": ctc if phones else 0.0}, check
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Hidden frames, phones, frames."""
         phones = sum(len(batch["phones"][i]) for i in usable_phones(batch["phones"], batch["lengths"]))
-        return {"masked": float(batch["spans"].sum()), "ctc": phones, "frames": float(batch["lengths"].sum())}
+        frames = float(batch["lengths"].sum())
+        return {"masked": float(batch["spans"].sum()), "taught": frames, "ctc": phones, "frames": frames}
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
-        """Cross-entropy of hidden frames (mean over the codebooks) and CTC, summed."""
+        """Cross-entropy of hidden frames (mean over the codebooks), or the squared error, and CTC, summed."""
         out = self.encoder(batch["heard"], batch["lengths"], mask_time=batch["spans"])
-        with torch.no_grad():
-            targets = self.heads.labels(batch["clean"][batch["spans"]])
-        at = out[batch["spans"]]
-        found = [
-            F.cross_entropy(head(at).float(), t, reduction="sum")
-            for head, t in zip(self.heads.predict, targets, strict=True)
-        ]
-        terms = {"masked": torch.stack(found).sum() / len(found)}
+        if self.heads.taught is not None:
+            exists = torch.arange(out.shape[1], device=out.device)[None] < batch["lengths"][:, None]
+            error = (self.heads.taught(out).float() - batch["taught"]).square().mean(-1)
+            terms = {"taught": (error * exists).sum()}
+        else:
+            with torch.no_grad():
+                targets = self.heads.labels(batch["clean"][batch["spans"]])
+            at = out[batch["spans"]]
+            found = [
+                F.cross_entropy(head(at).float(), t, reduction="sum")
+                for head, t in zip(self.heads.predict, targets, strict=True)
+            ]
+            terms = {"masked": torch.stack(found).sum() / len(found)}
         if self.heads.phones is not None:
             terms["ctc"] = ctc_sum(self.heads.phones(out), batch["phones"], batch["lengths"])
         return terms
 
     def validate(self) -> dict[str, float]:
-        """``masked`` (cross-entropy) and ``phone_error`` of the greedy CTC path, on held-out speech."""
+        """``masked`` or ``taught`` (as in training) and ``phone_error`` of the greedy CTC path, on held-out speech."""
         errors = total = 0
         loss = count = 0.0
+        name = "taught" if self.heads.taught is not None else "masked"
         for batch in self.check:
             batch = placed(self, batch)
-            loss += float(self(batch)["masked"])
-            count += self.counts(batch)["masked"]
+            loss += float(self(batch)[name])
+            count += self.counts(batch)[name]
             if self.heads.phones is not None:
                 out = self.heads.phones(self.encoder(batch["clean"], batch["lengths"]))
                 wrong, said = phone_errors(out, batch["phones"], batch["lengths"])
                 errors, total = errors + wrong, total + said
-        return {"masked": loss / max(count, 1)} | ({"phone_error": errors / total} if total else {})
+        return {name: loss / max(count, 1)} | ({"phone_error": errors / total} if total else {})
 
 
 @torch.no_grad()

@@ -1,0 +1,127 @@
+"""Examples of the conditioned tasks made once and used for many epochs, their conditions already encoded.
+
+To simulate and to encode an example costs several times what a small model spends on learning from it.  So a few
+passes over the corpus are made beforehand (``passes``, each with other noise, voices, prompts); masks are still drawn
+anew every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from metis_lib.data.store import FlatStore
+from metis_lib.errors import MetisError
+from metis_lib.models.masked import MaskingSettings, draw_masks
+from metis_lib.training.data import Batch, Feed, Source, chance, padded, plan, torch_chance
+from metis_lib.training.loop import TrainSettings
+
+
+def prepare(
+    source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: int = 1, frames: int = 4000,
+    say: Callable[[str], None] = lambda line: None,
+) -> FlatStore:  # fmt: skip
+    """The examples of a source, encoded, in ``folder``; made on first use.
+
+    Args:
+        source: ``Adaptation`` of one task, or ``Lips``.
+        given: adds ``tokens [B, T]`` and ``condition [B, T, C]`` to a batch
+            (:func:`~metis_lib.training.generative.encode`).
+        passes: how often each recording is used.
+
+    Returns:
+        An item an example: int16 ``[T, 1 + C]``, its token and the bits of its condition in float16; ``prompt`` in
+        frames.  A folder that is there is taken as it is (its name must tell what made it).
+    """
+    if (folder / "index.json").is_file():
+        return FlatStore(folder)
+
+    def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        step = 0
+        for epoch in range(passes):
+            for (items,) in plan(source.lengths, frames, 1, seed=0, epoch=epoch):
+                try:
+                    batch = given(source.batch(items, epoch=epoch, step=step))
+                except MetisError as error:
+                    say(f"left out {len(items)} recordings: {error}")
+                    continue
+                step += 1
+                tokens = batch["tokens"].numpy().astype(np.int16)
+                bits = batch["condition"].to(torch.float16).numpy().view(np.int16)
+                for k, (n, prompt) in enumerate(zip(batch["lengths"].tolist(), batch["prompt"].tolist(), strict=True)):
+                    yield {"prompt": prompt}, np.concatenate([tokens[k, :n, None], bits[k, :n]], axis=1)
+
+    return FlatStore.write(folder, pieces())
+
+
+@dataclass
+class Prepared:
+    """Examples of :func:`prepare` as a source of batches.
+
+    A batch: ``tokens [B, T]``, ``features [B, T, C]`` (the condition, encoded), ``lengths``, ``t``, ``prompt``,
+    ``hidden`` and ``exists [B, T]``; an utterance loses its prompt with probability ``dropout`` (guidance).
+    """
+
+    store: FlatStore
+    task: str
+    masking: MaskingSettings = MaskingSettings()
+    dropout: float = 0.0
+    seed: int = 0
+    ends: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        self.lengths = self.store.ends - self.store.starts
+
+    def batch(self, items: Any, *, epoch: int, step: int) -> Batch:
+        arrays = [torch.from_numpy(np.array(self.store[i])) for i in items]
+        both, lengths = padded(arrays)
+        exists = torch.arange(both.shape[1])[None] < lengths[:, None]
+        free = replace(self.masking, prompt_probability=0.0)
+        times, prompts, masks = [], [], []
+        for row, (i, n) in enumerate(zip(items, lengths.tolist(), strict=True)):
+            prompt = min(self.store.items[i]["prompt"], n - 1)
+            t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(self.seed, epoch, int(i)))
+            hidden[:, :prompt] = False
+            hidden[0, prompt] |= ~hidden.any()
+            if prompt and chance(self.seed, epoch, int(i), 2).random() < self.dropout:
+                exists[row, :prompt] = False
+            times.append(t)
+            prompts.append(prompt)
+            masks.append(hidden[0])
+        return {
+            "task": self.task, "tokens": both[..., 0].long(), "features": both[..., 1:].view(torch.float16),
+            "lengths": lengths, "t": torch.cat(times), "prompt": torch.tensor(prompts), "hidden": padded(masks)[0],
+            "exists": exists,
+        }  # fmt: skip
+
+
+class Mixed:
+    """A feed of several sources, each step of one of them, drawn by ``odds`` (Omni)."""
+
+    def __init__(self, sources: dict[str, Source], odds: dict[str, float], settings: TrainSettings) -> None:
+        self.feeds = {name: Feed(source, settings) for name, source in sources.items()}
+        shares = np.array([odds[name] for name in sources], float)
+        self.shares, self.seed = shares / shares.sum(), settings.seed
+
+    def _drawn(self, step: int) -> str:
+        return list(self.feeds)[int(chance(self.seed, step, 1).choice(len(self.shares), p=self.shares))]
+
+    def open(self, step: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[Batch]:
+        """As :meth:`Feed.open`."""
+        before = [self._drawn(s) for s in range(step)]
+        open_ones = {name: f.open(before.count(name), rank, world, accumulate) for name, f in self.feeds.items()}
+        while True:
+            name = self._drawn(step)
+            for _ in range(accumulate):
+                yield {"task": name, **next(open_ones[name])}
+            step += 1
+
+    def held_out(self, count: int) -> list[Batch]:
+        """The first batches of each source, about ``count`` in all."""
+        each = max(1, count // len(self.feeds))
+        return [{"task": name, **b} for name, feed in self.feeds.items() for b in feed.held_out(each)]

@@ -1,0 +1,153 @@
+"""Conditions made beforehand: examples encoded once, durations by CTC, a teacher's features."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from metis_lib.checkpoints import load_state
+from metis_lib.config import preset
+from metis_lib.models.stage1 import Durations, Stage1, spread, stretch
+from metis_lib.training import data, recipes
+from metis_lib.training import generative as gen
+from metis_lib.training.durations import ctc_durations, timed_hint
+from metis_lib.training.prepared import Mixed, Prepared, prepare
+from metis_lib.training.teacher import align_frames
+from tests.test_training import job_of, workshop  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.training
+
+
+# ---------------------------------------------------------------- examples made once
+
+
+@pytest.mark.parametrize("model", ["se", "tse", "l2s"])
+def test_prepared_examples_are_those_made_on_the_fly(job_of, tmp_path, model):  # noqa: F811
+    job = job_of(model)
+    objective, source, _ = recipes.BUILD[model](job)
+    store = prepare(source, lambda batch: gen.encode(batch, *objective.frozen), tmp_path / "made", passes=2)
+    assert len(store) == 2 * int((source.lengths > 0).sum())
+    (items,) = next(iter(data.plan(source.lengths, 4000, 1, seed=0, epoch=0)))
+    wanted = gen.encode(source.batch(items, epoch=0, step=0), *objective.frozen)
+    made = Prepared(store, model)
+    batch = made.batch(range(len(items)), epoch=0, step=0)
+    for row, n in enumerate(wanted["lengths"].tolist()):
+        assert torch.equal(batch["tokens"][row, :n], wanted["tokens"][row, :n])
+        torch.testing.assert_close(
+            batch["features"][row, :n].float(), wanted["condition"][row, :n], atol=2e-3, rtol=2e-3
+        )
+    assert torch.equal(batch["prompt"], wanted["prompt"])
+    first, second = (made.batch([0, 1], epoch=e, step=0) for e in (0, 1))
+    assert not torch.equal(first["hidden"], second["hidden"])  # masks are drawn anew
+    assert not (batch["hidden"] & (torch.arange(batch["hidden"].shape[1])[None] < batch["prompt"][:, None])).any()
+
+
+def test_prepared_examples_lose_their_prompt_as_often_as_asked(job_of, tmp_path):  # noqa: F811
+    objective, source, _ = recipes.BUILD["tse"](job_of("tse"))
+    store = prepare(source, lambda batch: gen.encode(batch, *objective.frozen), tmp_path / "made")
+    made = Prepared(store, "tse", dropout=0.5)
+    lost = [~made.batch([0], epoch=e, step=0)["exists"][0, 0] for e in range(200)]
+    assert 70 < sum(lost) < 130
+
+
+@pytest.mark.parametrize("model", ["se", "omni"])
+def test_a_task_trains_from_prepared_examples(job_of, model):  # noqa: F811
+    job = replace(job_of(model, steps=4), options={"passes": 1})
+    scores = recipes.train(job)
+    assert scores["finished"] and np.isfinite(scores["cross_entropy"])
+    if model == "omni":
+        assert {"tts_with_condition", "se_with_condition", "tse_with_condition", "vc_with_condition"} <= set(scores)
+
+
+def test_a_mixed_feed_goes_on_anywhere(job_of):  # noqa: F811
+    job = replace(job_of("omni"), options={"passes": 1})
+    _, feed, _ = recipes.BUILD["omni"](job)
+    assert isinstance(feed, Mixed)
+    whole = list(itertools.islice(feed.open(), 12))
+    assert len({batch["task"] for batch in whole}) > 1
+    for one, two in zip(whole[7:], itertools.islice(feed.open(7), 5), strict=True):
+        assert one["task"] == two["task"] and torch.equal(one["tokens"], two["tokens"])
+
+
+# ---------------------------------------------------------------- durations
+
+
+def test_durations_follow_the_peaks_of_ctc():
+    phones, peaks, frames = [3, 3, 1, 4], [2, 9, 14, 21], 27
+    scores = np.full((frames, 6), -8.0)
+    scores[:, 0] = -0.01
+    for phone, at in zip(phones, peaks, strict=True):
+        scores[at] = -8.0
+        scores[at, phone + 1] = -0.01
+    found = ctc_durations(scores, phones)
+    assert found.tolist() == [6, 6, 6, 9] and found.sum() == frames
+
+
+def test_durations_of_what_cannot_fit_are_even():
+    found = ctc_durations(np.zeros((3, 6)), [1, 1, 1, 2])
+    assert found.sum() == 3 and len(found) == 4
+
+
+def test_spreading_with_equal_weights_is_stretching():
+    for count, frames in ((3, 10), (7, 5), (5, 100), (1, 4), (8, 8)):
+        phones = torch.arange(count) + 1
+        assert torch.equal(spread(phones, torch.ones(count), frames), stretch(phones[None], frames)[0])
+    assert spread(torch.tensor([5, 6]), torch.tensor([3.0, 1.0]), 8).tolist() == [5] * 6 + [6] * 2
+
+
+def test_a_timed_hint_has_the_prompt_even_and_the_rest_timed():
+    phones, durations = torch.tensor([1, 2, 3, 4]), torch.tensor([4.0, 4.0, 2.0, 6.0])
+    hint = timed_hint(phones, durations, 8, 16, torch.ones(4))
+    assert hint.tolist() == [1] * 4 + [2] * 4 + [3] * 2 + [4] * 6
+    for prompt in range(17):
+        assert len(timed_hint(phones, durations, prompt, 16, torch.ones(4))) == 16
+
+
+def test_durations_are_learnt_and_used(job_of):  # noqa: F811
+    """The phones of the corpus get durations by the SSL encoder's head, and training lowers their error."""
+    ssl = job_of("ssl", steps=2)
+    recipes.train(ssl)
+    assert "weight" in load_state(ssl.out / "ssl", "phones")
+    job = replace(job_of("tts", steps=30), options={"text_hint": "timed"})
+    objective, source, _ = recipes.BUILD["tts"](job)
+    told = next(b for s in range(20) if "durations" in (b := source.batch([0, 1], epoch=0, step=s)))
+    n = told["lengths"][0]
+    assert told["durations"].shape == told["phones"].shape and told["durations"][0].sum() == n
+    assert told["hint"].shape == told["tokens"].shape
+    with torch.no_grad():
+        before = objective.validate()["durations"]
+    scores = recipes.train(job)
+    assert scores["durations"] < before
+
+
+def test_durations_do_not_hear_padding():
+    net = Durations(20)
+    row = torch.tensor([[3, 5, 7]])
+    padded, mask = torch.tensor([[19, 19, 3, 5, 7]]), torch.tensor([[False, False, True, True, True]])
+    torch.testing.assert_close(net(padded, mask)[:, 2:], net(row))
+
+
+def test_timed_text_is_generated_by_predicted_durations():
+    config = replace(preset("debug").stage1, use_phones=True, phone_vocab=20, text_hint="timed")
+    model = Stage1(config)
+    with torch.no_grad():
+        model.durations.out.weight.zero_()
+        model.durations.out.bias.zero_()
+    assert torch.equal(model.times_of(torch.tensor([1, 2, 3])), torch.ones(3))
+
+
+# ---------------------------------------------------------------- a teacher
+
+
+def test_teacher_frames_are_put_where_the_student_hears_them():
+    """A ramp of the teacher's (a frame every 384 samples, the first at 447) read at the student's middles."""
+    ramp = (447 + 384 * np.arange(50, dtype=np.float32))[:, None]
+    found = align_frames(ramp, 50)[:, 0]
+    middles = 280 + 320 * np.arange(50)
+    inside = (middles >= 447) & (middles <= ramp[-1, 0])
+    np.testing.assert_allclose(found[inside], middles[inside])
+    assert (found[~inside] >= 447).all()

@@ -1,4 +1,4 @@
-# make setup | demo | test | lab | lint | format, and make NAME-check for the tests marked NAME.
+# make setup | demo | results | test | lab | lint | format, and make NAME-check for the tests marked NAME.
 # Machines without a GPU that would rather not download CUDA: make setup PIP_ARGS="--extra-index-url URL-OF-CPU-WHEELS"
 VENV ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lab lint format
+.PHONY: setup demo results test lab lint format
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -20,6 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	@$(BIN)/metis demo
+
+results: setup
+	@$(BIN)/python -m recipes.nano.build results
 
 test: setup
 	@$(BIN)/python -m pytest -q

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import importlib
+import glob
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,9 +26,12 @@ import tyro
 from metis_lib import __version__
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
+from metis_lib.tasks import own
 
 JUDGES = ("whisper-base", "ecapa", "speechmos", "nsnet2")
 """The judges of the evaluation, and the peer of speech enhancement."""
+LARGEST_UPLOAD = 100_000_000
+"""Bytes of a message to JupyterLab, whose own 10 MB are less than a minute of stereo."""
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 Name = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
@@ -435,8 +439,8 @@ class Evaluate(Command):
     What is done is kept: the same command goes on with a run that was interrupted.
     """
 
-    tasks: tuple[Literal["codec", "se", "tts", "vc", "tse", "l2s", "omni"], ...] = ("codec", "se", "tts")
-    """What to evaluate."""
+    tasks: tuple[str, ...] = ("codec", "se", "tts")
+    """What to evaluate: codec, se, tts, vc, tse, l2s, omni, or tasks of your own (docs/new_task.md)."""
     systems: tuple[str, ...] = ()
     """Rows of the tables, other checkpoints among them; each task takes those that it knows, all if none is named."""
     testsets: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--testset",))] = ("human",)
@@ -645,8 +649,8 @@ class TrainPart(Training):
 class FineTune(Training):
     """Adapt a system to a task with your own recordings; the result is a system of its own."""
 
-    task: Literal["tts", "vc", "tse", "se", "l2s", "omni"]
-    """What it shall learn."""
+    task: str
+    """What it shall learn: tts, vc, tse, se, l2s, omni, or a task of your own (docs/new_task.md)."""
     data: Path
     """A manifest, or anything that metis prepare manifest reads."""
     base: Annotated[str, tyro.conf.arg(name="from")] = "nano"
@@ -723,6 +727,23 @@ class Queue(Command):
                     break
         found = queue.read(path)
         return Answer(queue.table(found), {"next": queue.next_piece(found), "trained": done, "pieces": found["pieces"]})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Command):
+    """All of nano from packages to scores: corpus, trainings, weights, evaluation; goes on where it was stopped."""
+
+    name: Annotated[Literal["nano"], tyro.conf.Positional] = "nano"
+    """Which recipe."""
+    budget: str | None = None
+    """Stop the trainings after this time, such as 100m."""
+    hours: float = 20.0
+    """Synthetic speech of the corpus."""
+
+    def run(self) -> Answer:
+        done = _recipe("nano.build").build(budget=self.budget, hours=self.hours, say=_say)
+        text = f"{done['left']} pieces are left to train" if done["left"] else f"nano is ready: {done['sizes']}"
+        return Answer(text, done)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -920,7 +941,7 @@ class Export(Command):
     """nano, or the folder of a system."""
     out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """The new folder."""
-    task: Literal["tts", "vc", "tse", "se", "l2s", "omni"]
+    task: str
     """Which task of it."""
 
     def run(self) -> Answer:
@@ -943,8 +964,12 @@ class Doctor(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Lab(Command):
-    """Open the notebooks in JupyterLab."""
+    """Open the notebooks in JupyterLab, with the laboratory in front."""
 
+    notebook: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NOTEBOOK")] = "13"
+    """Which notebook: the beginning of its name, such as 00 (quick start), 14 (tokens) or 15 (evaluation)."""
+    folder: Path | None = None
+    """What to serve, with notebooks/ in it (default: the clone)."""
     port: int = 8888
     """Where to serve."""
     no_browser: bool = False
@@ -953,13 +978,18 @@ class Lab(Command):
     def run(self) -> Answer:
         from metis_lib.evaluation.record import ROOT
 
-        if not (ROOT / "notebooks").is_dir():
-            raise MetisError("no folder notebooks/ here; metis lab runs from a clone of the repository")
-        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={ROOT}", f"--port={self.port}"]
-        command += ["--LabApp.default_url=/lab/tree/notebooks/00_quickstart.ipynb"]
+        if importlib.util.find_spec("jupyterlab") is None:
+            raise MetisError("JupyterLab is not installed: pip install 'metis-workbench[notebooks]'")
+        root = (self.folder or ROOT).resolve()
+        found = sorted(root.glob(f"notebooks/{glob.escape(self.notebook)}*.ipynb"))
+        if not found:
+            raise MetisError(f"no notebooks/{self.notebook}*.ipynb in {root}; metis lab runs from a clone")
+        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}", f"--port={self.port}"]
+        command += [f"--LabApp.default_url=/lab/tree/notebooks/{found[0].name}"]
+        command += [f"--ServerApp.tornado_settings={{'websocket_max_message_size': {LARGEST_UPLOAD}}}"]
         command += ["--no-browser"] if self.no_browser else []
         command += ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
-        code = subprocess.call(command, cwd=ROOT)
+        code = subprocess.call(command, cwd=root)
         return Answer("", {"code": code}, code)
 
 
@@ -1076,6 +1106,9 @@ def _app() -> tyro.extras.SubcommandApp:
     app, generate, checkpoint, prepare, train, bench = (tyro.extras.SubcommandApp() for _ in range(6))
     for name, command in {"tts": TTS, "vc": VC, "tse": TSE, "se": SE, "l2s": L2S}.items():
         generate.command(command, name=name)
+    for name, new in own().items():
+        about = {"TASK": name, "__doc__": new.title or name, "__module__": __name__}
+        generate.command(type(name, ({"se": SE, "vc": VC, "tse": TSE}[new.like],), about), name=name)
     for name, command in CHECKPOINT.items():
         checkpoint.command(command, name=name)
     app.command(generate, name="generate", help="Make speech: tts, vc, tse, se or l2s, of one or many inputs.")
@@ -1085,7 +1118,7 @@ def _app() -> tyro.extras.SubcommandApp:
     app.command(prepare, name="prepare", help="Fetch judges; make corpora, test sets, manifests, reports and tokens.")
     app.command(Evaluate, name="evaluate")
     app.command(Report, name="report")
-    for name, command in {"part": TrainPart, "finetune": FineTune, "queue": Queue}.items():
+    for name, command in {"part": TrainPart, "finetune": FineTune, "queue": Queue, "recipe": Recipe}.items():
         train.command(command, name=name)
     app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
     bench.command(BenchTrain, name="train")

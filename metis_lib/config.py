@@ -90,7 +90,8 @@ class Stage1Config:
 
     ``adapter`` is ``"none"``, ``"gated"`` (a zero-initialised gate: VC, TSE, SE, Omni) or ``"plain"`` (L2S).
     ``text_hint`` is ``"none"`` (as published), ``"even"`` or ``"timed"``: the phones are also stretched over the
-    target frames, evenly or by predicted durations, and added to the input, which lets small models align text soon.
+    target frames, evenly or by predicted durations, and added to the input, which lets small models align text soon;
+    ``hint_width`` is that of its convolutions (0: ``hidden_size``).
     """
 
     hidden_size: int = 1536
@@ -103,6 +104,7 @@ class Stage1Config:
     cond_dim: int = 1024
     text_hint: str = "none"
     hint_kernel: int = 7
+    hint_width: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from metis_lib.models.masked import Noise
 from metis_lib.models.stage1 import Stage1, spread, stretch
 from metis_lib.models.stage2 import Stage2
 from metis_lib.stores import PARTS, Folder, Random, Store
-from metis_lib.tasks import TASKS
+from metis_lib.tasks import TASKS, like, own
 from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder, upsample
@@ -58,6 +58,7 @@ SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "l2s": (("video", "prompt"), ()),
     "base": (("prompt",), ("seconds",)),
 }
+SOURCES |= {name: SOURCES[new.like] for name, new in own().items()}
 """What an item of a task holds: what it must and what it may (and ``by``: ``omni``, to let Omni do it)."""
 
 NEEDS = {
@@ -311,6 +312,22 @@ class Metis:
         codes = self.acoustic.encode(wav[None].to(self.device))
         return self._speech(self.acoustic.decode(codes)[0], len(wav), {"task": "codec"})
 
+    @torch.no_grad()
+    def decode_tokens(self, tokens: Tensor, prompt: Source | None = None, *, seed: int = 0, **options: Any) -> Speech:
+        """SSL tokens ``[T]`` to speech by stage 2 and codec, in the voice of a prompt: what every task ends with.
+
+        ``options``: those of stage 2 (see :meth:`generate`).
+        """
+        chosen, voice = self.options("tts", **options), None if prompt is None else self.voice(prompt)
+        tokens, empty = tokens.to(self.device), tokens.new_zeros(0, self.stage2_full.config.num_quantizers)
+        said = tokens if voice is None else torch.cat([voice.tokens, tokens])
+        given = (empty.to(self.device) if voice is None else voice.codes)[None]
+        more: dict[str, Any] = {"steps": chosen.stage2_steps, "generator": torch.Generator().manual_seed(seed)}
+        first = self.stage2_layer1.generate(said[None], given, settings=replace(chosen.stage2, cfg=0.0), **more)
+        codes = self.stage2_full.generate(said[None], given, first_layer=first, settings=chosen.stage2, **more)
+        wav = self.acoustic_decoder.decode_long(codes)[0]
+        return self._speech(wav, len(wav), {"task": "stage2", "seed": seed})
+
     def voice(self, prompt: Source) -> Voice:
         """A prompt of 0.5 to 20 s, encoded; one that was encoded lately is remembered.
 
@@ -447,7 +464,7 @@ class Metis:
             model = "omni"
         info = {"task": task, "by": model, "seed": seed, "steps": options.stage1.steps, "cfg": options.stage1.cfg}
         generator = torch.Generator().manual_seed(seed)
-        make: Callable[..., Job] = getattr(self, f"_{task}")
+        make: Callable[..., Job] = getattr(self, f"_{like(task)}")
         with torch.no_grad():
             return make(generator=generator, info=info, **item)
 

@@ -73,6 +73,16 @@ def test_a_mixed_feed_goes_on_anywhere(job_of):  # noqa: F811
         assert one["task"] == two["task"] and torch.equal(one["tokens"], two["tokens"])
 
 
+def test_only_stage_2_waits_for_acoustic_codes(job_of, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    first = job_of("stage1").tokens("validation")
+    assert first[0][1].shape[1] == 1
+    both = job_of("stage2_full").tokens("validation")
+    assert both[0][1].shape[1] == 1 + preset("debug").acoustic.num_quantizers
+    assert np.array_equal(both[0][1][:, :1], first[0][1][: len(both[0][1])])
+    assert job_of("stage1").tokens("validation")[0][1].shape == both[0][1].shape  # what is there is used
+
+
 # ---------------------------------------------------------------- durations
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from metis_lib import audio
 from metis_lib.errors import MetisError
@@ -328,7 +329,7 @@ def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
         assert document["metadata"]["kernelspec"]["name"] == "python3"
         assert "data:audio/ogg;base64," in json.dumps(document)
     page = (out / "index.html").read_text()
-    assert page.count("<audio") == 2 * (1 + 3 + 2)
+    assert page.count("<audio") == 2 * (2 + 3 + 2)  # the rows, and the prompts of codec and tts
     assert "http" not in page and str(ROOT) not in page
     run = json.loads((out / "run.json").read_text())
     assert run["tasks"]["se"]["peak_memory_bytes"] > 1e8 and len(run["manifest_sha256"]) == 64
@@ -545,3 +546,19 @@ def assets_home(folder: Path) -> Path:
     home.mkdir()
     (home / "assets").symlink_to(metis_home() / "assets")
     return home
+
+
+def test_rows_that_stand_between_a_recording_and_the_model(tmp_path: Path) -> None:
+    """``stage2`` speaks the recording's SSL tokens in a prompt's voice, ``still`` reads lips that do not move."""
+    maker = systems.Systems("debug")
+    item = systems.load_items("human", "codec", 1)[0]
+    assert item.prompt is not None and item.prompt != item.clean
+    made = maker.make("stage2", item)
+    tokens = maker.metis().tokens(str(item.clean))["ssl"]
+    assert len(made.wav) == 480 * len(tokens)
+    assert torch.equal(made.wav, maker.make("stage2", item).wav)
+    assert not torch.equal(made.wav, maker.metis().decode_tokens(tokens).wav)  # the prompt is heard
+    face = systems.load_items("human", "l2s", 1)[0]
+    crops = systems.still(face)
+    assert (crops == crops[0]).all() and len(crops) == len(np.load(face.video)["crops"])
+    assert len(maker.make("still", face).wav) > 0

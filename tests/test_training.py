@@ -40,7 +40,7 @@ def workshop(tmp_path_factory):
     before = os.environ.get("METIS_HOME")
     os.environ["METIS_HOME"] = str(home / "cache")
     manifest, system = make_corpus(home / "corpus"), make_system(home / "system")
-    job = make_job("stage1", system, manifest)
+    job = make_job("stage2_full", system, manifest)
     for split in ("train", "validation"):
         job.tokens(split)
     yield manifest, system

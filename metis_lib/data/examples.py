@@ -21,6 +21,7 @@ from metis_lib.data.perturb import Perturb, VoiceShift
 from metis_lib.data.simulate import HOP, Degradation, Extraction, Noises, Prompt, Rooms, degrade, power
 from metis_lib.data.store import FlatStore, Row
 from metis_lib.errors import MetisError
+from metis_lib.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,14 @@ def omni(u: Utterance, generator: np.random.Generator, sources: Sources, params:
 SIMULATORS: dict[str, Callable[..., Example]] = {"se": se, "tse": tse, "vc": vc, "tts": tts, "omni": omni}
 
 
+def simulator(name: str) -> Callable[..., Example]:
+    """The function that makes examples of a task; MetisError for an unknown one."""
+    known = SIMULATORS | {task.name: task.simulate for task in TASKS.values() if task.simulate}
+    if name not in known:
+        raise MetisError(f"no examples of {name!r}; choose one of {', '.join(known)}")
+    return known[name]
+
+
 class Simulated(Dataset[Example]):
     """Examples of one task, map-style: item ``i`` of an epoch depends on ``(seed, epoch, i)`` and on nothing else.
 
@@ -218,8 +227,9 @@ class Simulated(Dataset[Example]):
         self, task: str, pool: Pool, sources: Sources = Sources(), params: Simulation = Simulation(), *,
         seed: int = 0, shortest: float = 1.0, longest: float = 30.0,
     ) -> None:  # fmt: skip
-        if task not in SIMULATORS or seed < 0:
-            raise MetisError(f"no examples of {task!r} by seed {seed}: tasks {', '.join(SIMULATORS)}, seeds from 0")
+        if seed < 0:
+            raise MetisError(f"the seed of examples must not be negative, got {seed}")
+        self._make = simulator(task)
         self.task, self.pool, self.params, self.seed = task, pool, params, seed
         self.longest, worded = round(longest * AUDIO_RATE), task in ("tts", "omni")
         self.sources = replace(sources, others=sources.others or pool)
@@ -247,7 +257,7 @@ class Simulated(Dataset[Example]):
         u = self.pool[which]
         first = int(generator.integers(max(len(u.wav) - self.longest, 0) + 1))
         u = replace(u, wav=u.wav[first : first + self.longest])
-        example = SIMULATORS[self.task](u, generator, self.sources, self.params)
+        example = self._make(u, generator, self.sources, self.params)
         return replace(example, done={"first": first} | example.done)
 
     def __getitem__(self, i: int) -> Example:

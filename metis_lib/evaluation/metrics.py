@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from metis_lib.tasks import own
+
 JUDGE_RATE = 16_000
 """Sample rate in Hz at which every judge listens (soxr HQ from whatever the system gives)."""
 MAX_DELAY_MS = 50.0
@@ -70,6 +72,7 @@ BETTER: dict[str, str] = {key: spec.better for key, spec in SPECS.items()}
 TASKS: dict[str, dict[str, Any]] = _TABLES["tasks"]
 """Task to its ``title``, its ``metrics``, headline first, its ``measures`` (what only some systems or judges can tell)
 and its ``systems`` that are not the model."""
+TASKS |= {name: {**TASKS[new.like], "title": new.title or name} for name, new in own().items()}
 SYSTEM_ABOUT: dict[str, str] = _TABLES["systems"]
 WER, SIM, DNSMOS, PESQ, STOI = (METRICS[key] for key in ("wer", "sim_other", "dnsmos_sig", "pesq_wb", "stoi"))
 TaskSummary = dict[str, dict[str, dict[str, Any]]]

@@ -38,6 +38,7 @@ from metis_lib.evaluation.systems import (
     tasks_of,
     testset_folder,
 )
+from metis_lib.tasks import like
 
 # --- one task --------------------------------------------------------------------------------------------
 
@@ -127,9 +128,9 @@ class EvaluationFailed(MetisError):
 
 def task_notebook(task: str) -> Path:
     """The notebook of a task, in the checkout."""
-    path = record.ROOT / "eval" / f"{task}.ipynb"
+    path = record.ROOT / "eval" / f"{like(task)}.ipynb"
     if not path.is_file():
-        raise MetisError(f"no notebook eval/{task}.ipynb; evaluation runs from a clone of the repository")
+        raise MetisError(f"no notebook eval/{path.name}; evaluation runs from a clone of the repository")
     return path
 
 

@@ -24,6 +24,7 @@ from metis_lib.evaluation.judges import NSNet2
 from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
 from metis_lib.pipeline import Job, Metis
+from metis_lib.tasks import like, own
 
 _MODEL_CODE = (
     *("audio.py", "config.py", "pipeline.py", "generation.py", "bulk.py", "stores.py", "checkpoints.py"),
@@ -36,6 +37,7 @@ NEEDED = {
     "vc": ("text", "clean", "prompt"), "tse": ("text", "clean", "noisy", "prompt"),
     "l2s": ("text", "clean", "video", "prompt"),
 }  # fmt: skip
+NEEDED |= {name: NEEDED[new.like] for name, new in own().items()}
 """What a row of a task has besides id and speaker (real noisy recordings have neither text nor clean speech)."""
 PLACES = ("clean", "noisy", "prompt", "other", "interferer", "video")
 
@@ -127,12 +129,15 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         raise MetisError(f"the test set {folder.name} has no items for the task {task}")
     key = "prompt" if task in ("tts", "l2s") else "clean"
     voices = {row["speaker"]: row[key] for row in reversed(rows.values()) if row.get(key)}
+    known_voices = _recordings(folder) if task == "codec" else {}
     speakers = sorted(voices)
     items = []
     for row in list(rows.values())[:limit]:
         others = [speaker for speaker in speakers if speaker != row["speaker"]]
         after = next((speaker for speaker in others if speaker > row["speaker"]), others[0] if others else None)
         row["other"] = voices[after] if after else None
+        if task == "codec" and not row.get("prompt"):  # stage 2 asks for a voice
+            row["prompt"] = next((name for name in known_voices[row["speaker"]] if name != row["clean"]), None)
         row |= {key: (folder / row[key]).resolve() for key in PLACES if row.get(key)}
         for path in row.values():
             if isinstance(path, Path) and not path.is_file():
@@ -141,6 +146,16 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         extra = {key: value for key, value in row.items() if key not in Item.__dataclass_fields__}
         items.append(Item(**known | {"extra": extra}))
     return items
+
+
+def _recordings(folder: Path) -> dict[str, list[str]]:
+    """The clean recordings of each speaker of a test set, by name."""
+    found: dict[str, set[str]] = {}
+    for line in filter(str.strip, (folder / "manifest.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        if row["task"] in ("codec", "se", "tts", "tse"):
+            found.setdefault(row["speaker"], set()).update(filter(None, (row.get("clean"), row.get("prompt"))))
+    return {speaker: sorted(names) for speaker, names in found.items()}
 
 
 OMNI, TOLD = "-omni", "-omni-text"
@@ -196,6 +211,8 @@ class Systems:
         if system == "nsnet2":
             parts |= {"code": self._code["nsnet2"]}
         elif self.source(system, item) is None:
+            if system in ("stage2", "still") and item.prompt:
+                parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options}
             parts |= {"code": self._code["model"], "device": self.device, "name": self.checkpoint, **self._hashes}
         return record.sha256_of(parts)
 
@@ -204,12 +221,26 @@ class Systems:
         if system == "nsnet2":
             wav = self._nsnet2(audio.read(str(item.noisy), JUDGE_RATE).numpy())
             return audio.Speech(torch.from_numpy(wav), JUDGE_RATE)
+        prompt = None if item.prompt is None else str(item.prompt)
+        if system == "stage2":
+            options = {key: value for key, value in self.options.items() if key.startswith("stage2_")}
+            return self.metis().decode_tokens(self.metis().tokens(str(item.clean))["ssl"], prompt, **options)
+        if system == "still":
+            return self.metis().generate("l2s", [{"video": still(item), "prompt": prompt}], **self.options)[0]
         return self.metis().resynthesise(str(item.clean))
 
     def about(self, checkpoint: str) -> dict[str, Any]:
         """What the audio of a checkpoint depends on, besides the items."""
         hashes = self._hashes if checkpoint == self.checkpoint else record.checkpoint_hashes(checkpoint)
         return {"code": self._code["model"], "device": self.device, "dtype": self.dtype, "name": checkpoint, **hashes}
+
+
+def still(item: Item) -> Any:
+    """The first picture of an item's video for all of its length: mouth crops uint8 ``[N, 96, 96]``."""
+    from metis_lib.data.video import read_crops, read_lips
+
+    crops = read_crops(str(item.video)) if str(item.video).endswith(".npz") else read_lips(str(item.video))
+    return crops[:1].repeat(len(crops), 0)
 
 
 def split_name(system: str) -> tuple[str, str]:
@@ -226,15 +257,18 @@ def label(system: str) -> str:
 
 def systems_of(task: str, checkpoint: str = "nano") -> list[str]:
     """All systems of a task: the fixed rows and, where the checkpoint has weights for it, the model's."""
+    fixed = list(TASKS[task]["systems"])
     if task == "codec":
-        return list(TASKS[task]["systems"])
+        return fixed
     try:
         tasks = tasks_of(checkpoint)
     except MetisError:
         tasks = {task}  # the notebook says what is wrong with it
     omni = "omni" in tasks and task != "l2s"
     rows = [(task in tasks, ""), (omni, OMNI), (omni and task == "tse", TOLD)]
-    return [*TASKS[task]["systems"], *(f"{checkpoint}{end}" for there, end in rows if there)]
+    if task == "l2s" and task not in tasks:
+        fixed.remove("still")
+    return [*fixed, *(f"{checkpoint}{end}" for there, end in rows if there)]
 
 
 def tasks_of(checkpoint: str) -> set[str]:
@@ -348,7 +382,7 @@ def _ask(item: Item, ending: str) -> dict[str, Any]:
         "se": {"source": str(item.noisy)}, "vc": {"source": str(item.clean), **prompt}, "tts": {**texts, **prompt},
         "tse": {"source": str(item.noisy), **prompt, **(texts if ending == TOLD else {})},
         "l2s": {"video": str(item.video), **prompt},
-    }[item.task]  # fmt: skip
+    }[like(item.task)]  # fmt: skip
     return asked | ({"by": "omni"} if ending else {})
 
 
@@ -359,7 +393,7 @@ def _measures(metis: Metis, items: dict[str, Item]) -> Callable[[str, Job], dict
         tokens = torch.cat([made.tokens for made in job.made])
         found = {"codes_used": round(len(tokens.unique()) / len(tokens), 4)}
         recording = items[id].clean
-        if items[id].task in ("se", "tse") and recording is not None:
+        if like(items[id].task) in ("se", "tse") and recording is not None:
             clean = metis.ssl_tokens(metis.features(audio.read(recording, AUDIO_RATE)))[0]
             size = min(len(clean), len(tokens))
             same = clean[:size] == tokens[:size].to(clean.device)

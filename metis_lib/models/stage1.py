@@ -22,14 +22,17 @@ class TextHint(nn.Module):
     """Frame-level phones as an extra input: embedding, two convolutions, a gate that starts at 0 (our addition).
 
     A prefix alone needs far more data to align than a small model ever sees; phones stretched evenly over the
-    frames give a rough place for each sound, and the convolutions look at the neighbours.
+    frames give a rough place for each sound, and the convolutions look at the neighbours.  ``inner`` is their width
+    where it is less than the model's.
     """
 
-    def __init__(self, vocab: int, width: int, kernel: int) -> None:
+    def __init__(self, vocab: int, width: int, kernel: int, inner: int = 0) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocab, width)
-        self.first = nn.Conv1d(width, width, kernel, padding=kernel // 2)
-        self.second = nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        inner = inner or width
+        self.embedding = nn.Embedding(vocab, inner)
+        self.first = nn.Conv1d(inner, inner, kernel, padding=kernel // 2)
+        self.second = nn.Conv1d(inner, inner, kernel, padding=kernel // 2)
+        self.out = nn.Linear(inner, width) if inner != width else nn.Identity()
         self.gate_scale = nn.Parameter(torch.zeros(1))
         nn.init.normal_(self.embedding.weight, std=0.5)
 
@@ -37,7 +40,7 @@ class TextHint(nn.Module):
         """Frame-level phone ids ``[B, T]`` to ``[B, T, H]``."""
         x = self.embedding(phones).transpose(1, 2)
         x = x + self.second(nn.functional.silu(self.first(x)))
-        return x.transpose(1, 2) * self.gate_scale
+        return self.out(x.transpose(1, 2)) * self.gate_scale
 
 
 def stretch(phones: Tensor, frames: int) -> Tensor:
@@ -49,7 +52,7 @@ def stretch(phones: Tensor, frames: int) -> Tensor:
 class Durations(nn.Module):
     """How long phones are, relative to each other: embedding and two convolutions (our addition)."""
 
-    def __init__(self, vocab: int, width: int = 96, kernel: int = 5) -> None:
+    def __init__(self, vocab: int, width: int = 64, kernel: int = 5) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.first = nn.Conv1d(width, width, kernel, padding=kernel // 2)
@@ -98,7 +101,7 @@ class Stage1(nn.Module):
         if config.text_hint not in ("none", "even", "timed"):
             raise ValueError(f"text_hint must be none, even or timed, not {config.text_hint!r}")
         if config.text_hint != "none":
-            self.text_hint = TextHint(config.phone_vocab, width, config.hint_kernel)
+            self.text_hint = TextHint(config.phone_vocab, width, config.hint_kernel, config.hint_width)
         if config.text_hint == "timed":
             self.durations = Durations(config.phone_vocab)
 

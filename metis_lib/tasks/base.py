@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,10 @@ class Task:
     ``stage1`` are the fields of the stage-1 configuration that the task changes (adapter, phones); ``mixture`` the
     tasks that its training examples come from and their shares; ``condition_dropout`` how often an example loses what
     guidance varies: text and prompt, or the prompt.
+
+    A task of your own (docs/new_task.md) has also a ``title``, the task that it is ``like`` (``se``, ``vc`` or ``tse``:
+    asked for, decoded and judged in the same way) and ``simulate``, which makes a training example of an utterance as
+    :mod:`metis_lib.data.examples` does.
     """
 
     name: str
@@ -28,6 +33,9 @@ class Task:
     condition_dropout: float = 0.0
     takes_video: bool = False
     mixture: dict[str, float] = field(default_factory=dict)
+    title: str = ""
+    like: str = ""
+    simulate: Callable[..., Any] | None = None
 
     def changes(self, system: SystemConfig, *, phone_vocab: int, **more: Any) -> dict[str, Any]:
         """The fields of ``system.stage1`` that the task changes: adapter, its input's width, phones, and ``more``."""

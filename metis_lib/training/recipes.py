@@ -186,13 +186,15 @@ class Job:
         return time_phones(self.waves(split), self.frozen.encoder, linear, folder)
 
     def tokens(self, split: str) -> Any:
-        """Token shards of a split, made by the system's tokenizers on first use."""
+        """Token shards of a split, made by the system's tokenizers on first use; acoustic codes only for stage 2."""
         if self.shards is not None:
             packed = self.shards / f"{split}.safetensors"
             return Packed(packed) if packed.is_file() else Shards(self.shards / split)
         parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
-        folder = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
-        tokenise(self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1)
+        both = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
+        acoustic = self.model.startswith("stage2") or (both / "index.json").is_file()
+        folder = both if acoustic else both.parent.with_name(f"tokens-{'-'.join(parts[:2])}") / split
+        tokenise(self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1, acoustic=acoustic)
         return Shards(folder)
 
 
@@ -304,7 +306,8 @@ def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
     shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew)."""
     entry, o = task(job.model), job.chosen
-    hint = {"text_hint": o["text_hint"]} if o["text_hint"] != "none" and entry.takes_text else {}
+    told = o["text_hint"] != "none" and entry.takes_text
+    hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
     config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
@@ -372,7 +375,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stage2_layer1": {"longest": 600},
     "stage2_full": {"longest": 600},
     "lips": {},
-    **{name: {"longest": 600, "text_hint": "none", "audio": False, "passes": 0} for name in TASKS},
+    **{name: {"longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0} for name in TASKS},
 }
 """What each model's builder can be told, with what holds otherwise."""
 
@@ -552,5 +555,4 @@ def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
         if (out / "runs" / name).is_dir():
             raise MetisError(f"{folder} was trained here in another mode or rank; take another --out")
         shutil.rmtree(folder)
-    hint = config.stage1.get("text_hint", "none")
-    return {"text_hint": hint} if hint != "none" else {}
+    return {key: config.stage1[key] for key in ("text_hint", "hint_width") if key in config.stage1}

@@ -30,7 +30,9 @@ def pack_up(out: Path, megabytes: float, path: Path = QUEUE) -> dict[str, object
     """Write ``train`` and ``validation`` tokens and the weights so far into ``out``; what it holds."""
     found = queue.read(path)
     manifest = queue.metis_home() / "corpora" / found["system"] / "manifest.jsonl"
-    job = Job("stage1", preset(found["preset"]), queue.home(found), settings_for("stage1", found["preset"]), manifest)
+    job = Job(
+        "stage2_full", preset(found["preset"]), queue.home(found), settings_for("stage1", found["preset"]), manifest
+    )
     out.mkdir(parents=True, exist_ok=True)
     held: dict[str, object] = {}
     for part in ("stage1", "stage2_layer1", "stage2_full", "tasks/tts"):

@@ -1,0 +1,117 @@
+"""All of nano, from packages to scores, in order; it goes on where it was stopped.
+
+``metis train recipe nano`` does everything: the corpus, the queue of trainings, the weights into their place, the test
+sets, the evaluation.  ``make results`` does the last two for the weights that are in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from metis_lib.assets import metis_home
+from metis_lib.checkpoints import SHIPPED
+from metis_lib.errors import MetisError
+from metis_lib.evaluation import record, runner
+from metis_lib.training import queue
+from metis_lib.training.loop import seconds_of
+from metis_lib.training.recipes import BUILD, FOLDERS
+from recipes.nano import corpus, testsets
+
+QUEUE = Path(__file__).with_name("queue.json")
+LIMIT = 40e6
+"""Bytes that all weights in the repository may have."""
+SETS = {"human": ("codec", "se", "tts", "vc", "tse", "l2s", "omni"),
+        "unseen": ("codec", "se", "tts", "vc", "tse", "l2s", "omni"), "seen": ("tts",)}  # fmt: skip
+Say = Callable[[str], None]
+
+
+def ship(source: Path, target: Path = SHIPPED / "nano") -> dict[str, int]:
+    """Copy the parts of a system to where the library finds them, each file whole or not at all.
+
+    Returns:
+        Bytes of each part.
+
+    Raises:
+        MetisError: they would be larger than the repository allows.
+    """
+    parts = [FOLDERS.get(name, name) for name in BUILD]
+    files = {
+        part: [*(source / part).glob("*.safetensors"), source / part / "config.json"]
+        for part in parts if (source / part / "config.json").is_file()
+    }  # fmt: skip
+    sizes = {part: sum(file.stat().st_size for file in found) for part, found in files.items()}
+    if sum(sizes.values()) > LIMIT:
+        raise MetisError(f"{sum(sizes.values()) / 1e6:.1f} MB of weights; at most {LIMIT / 1e6:.0f} MB are shipped")
+    for part, found in files.items():
+        folder = target / part
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in found:
+            shutil.copyfile(file, folder / f"{file.name}.part")
+            os.replace(folder / f"{file.name}.part", folder / file.name)
+    return sizes
+
+
+def results(
+    out: Path = record.ROOT / "results" / "nano", *, model: str = "nano", limit: int | None = None,
+    sets: dict[str, tuple[str, ...]] | None = None, say: Say = print, **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate every task on every test set: ``summary.json`` and ``run.json`` in ``out``; a page of each set beside
+    the audio in ``results/evaluation``.
+
+    Returns:
+        ``{test set: {task: {system: {metric: score}}}}``.
+    """
+    summaries, about = {}, {}
+    for name, tasks in (sets or SETS).items():
+        if name != "human" and not (metis_home() / "testsets" / name / "manifest.jsonl").is_file():
+            say(f"making the test set {name}")
+            testsets.build_synthetic(name)
+        folder = record.ROOT / "results" / "evaluation" / f"{Path(model).name}-{name}"
+        say(f"{name}: {', '.join(tasks)}")
+        found = runner.evaluate(tasks, None, name, folder, checkpoint=model, limit=limit, **options)
+        summaries[name] = found
+        about[name] = json.loads((folder / "run.json").read_text())
+        record.write_json(out / "summary.json", summaries)
+        record.write_json(out / "run.json", about)
+    return summaries
+
+
+def build(
+    path: Path = QUEUE, *, budget: str | None = None, hours: float = 20.0, workers: int = 2, say: Say = print
+) -> dict[str, Any]:
+    """Corpus, trainings, weights, scores; what is done is not done again.
+
+    Args:
+        budget: time for the trainings; where it ends before they do, the rest is left for the next call.
+        hours: synthetic speech of the corpus.
+
+    Returns:
+        ``left`` (pieces not trained yet), ``sizes`` of the parts and ``summary`` once nothing is left.
+    """
+    began = time.monotonic()
+    if not (metis_home() / "corpora" / "nano" / "ALL_READY").is_file():
+        corpus.prepare_nano(hours_synthetic=hours, workers=workers, say=say)
+    while (number := queue.next_piece(queue.read(path))) is not None:
+        left = None if budget is None else seconds_of(budget) - (time.monotonic() - began)
+        if left is not None and left < 1:
+            return {"left": sum(entry.get("state") != "done" for entry in queue.read(path)["pieces"])}
+        done = queue.run_next(path, budget=None if left is None else f"{left:.0f}s", say=say)
+        say(f"piece {number}: {done['model']}, {done['steps']} steps, {done['score']}")
+    sizes = ship(queue.home(queue.read(path)))
+    return {"left": 0, "sizes": sizes, "summary": results(say=say)}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["ship"]:
+        print(ship(queue.home(queue.read(QUEUE))))
+    elif sys.argv[1:] == ["results"]:
+        results()
+    else:
+        build(budget=sys.argv[1] if sys.argv[1:] else None)

@@ -3,7 +3,7 @@
 export METIS_TASKS=examples/declip.py
 metis train finetune --task declip --data ~/.cache/metis/corpora/nano/manifest.jsonl --out runs/declip
 metis generate declip --model runs/declip --input clipped.wav --output whole.wav
-python examples/declip.py runs/declip-test && metis evaluate --tasks declip --testset runs/declip-test --model runs/declip
+python examples/declip.py runs/test; metis evaluate --tasks declip --testset runs/test --model runs/declip
 """
 
 import dataclasses

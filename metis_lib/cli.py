@@ -26,7 +26,6 @@ import tyro
 from metis_lib import __version__
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
-from metis_lib.tasks import own
 
 JUDGES = ("whisper-base", "ecapa", "speechmos", "nsnet2")
 """The judges of the evaluation, and the peer of speech enhancement."""
@@ -1106,9 +1105,12 @@ def _app() -> tyro.extras.SubcommandApp:
     app, generate, checkpoint, prepare, train, bench = (tyro.extras.SubcommandApp() for _ in range(6))
     for name, command in {"tts": TTS, "vc": VC, "tse": TSE, "se": SE, "l2s": L2S}.items():
         generate.command(command, name=name)
-    for name, new in own().items():
-        about = {"TASK": name, "__doc__": new.title or name, "__module__": __name__}
-        generate.command(type(name, ({"se": SE, "vc": VC, "tse": TSE}[new.like],), about), name=name)
+    if os.environ.get("METIS_TASKS"):
+        from metis_lib.tasks import own
+
+        for name, new in own().items():
+            about = {"TASK": name, "__doc__": new.title or name, "__module__": __name__}
+            generate.command(type(name, ({"se": SE, "vc": VC, "tse": TSE}[new.like],), about), name=name)
     for name, command in CHECKPOINT.items():
         checkpoint.command(command, name=name)
     app.command(generate, name="generate", help="Make speech: tts, vc, tse, se or l2s, of one or many inputs.")

@@ -228,7 +228,7 @@ class Simulated(Dataset[Example]):
         seed: int = 0, shortest: float = 1.0, longest: float = 30.0,
     ) -> None:  # fmt: skip
         if seed < 0:
-            raise MetisError(f"the seed of examples must not be negative, got {seed}")
+            raise MetisError(f"examples are drawn by seeds from 0, got {seed}")
         self._make = simulator(task)
         self.task, self.pool, self.params, self.seed = task, pool, params, seed
         self.longest, worded = round(longest * AUDIO_RATE), task in ("tts", "omni")

@@ -137,17 +137,19 @@ def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when eac
     those cells stay white.
     """
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     known = ~np.asarray(trace.masks.cpu()) if hasattr(trace, "masks") else np.asarray(trace) != mask_id
     known = known[:, 0] if known.ndim == 3 else known
-    decided = np.where(known.any(axis=0), known.argmax(axis=0), len(known))
+    decided = np.where(known.any(axis=0), known.argmax(axis=0) + 1, len(known))
     shown = np.where(known, decided, np.nan)
     figure, axis = plt.subplots(figsize=(8, 0.16 * len(known) + 1.4), layout="constrained")
     extent = (0.0, known.shape[1] / FRAME_RATE, len(known) + 0.5, 0.5)
     image = axis.imshow(shown, aspect="auto", cmap=COLOURS, interpolation="nearest", extent=extent)
     axis.set(title=title, xlabel="seconds", ylabel="iteration")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(False)
-    figure.colorbar(image, ax=axis, label="decided at")
+    figure.colorbar(image, ax=axis, label="decided at", ticks=MaxNLocator(integer=True))
     plt.close(figure)
     return figure
 

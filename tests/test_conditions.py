@@ -12,6 +12,7 @@ import torch
 from metis_lib.checkpoints import load_state
 from metis_lib.config import preset
 from metis_lib.models.stage1 import Durations, Stage1, spread, stretch
+from metis_lib.tokenizers.semantic import FactorizedVQ
 from metis_lib.training import data, recipes
 from metis_lib.training import generative as gen
 from metis_lib.training.durations import ctc_durations, timed_hint
@@ -148,6 +149,39 @@ def test_timed_text_is_generated_by_predicted_durations():
         model.durations.out.weight.zero_()
         model.durations.out.bias.zero_()
     assert torch.equal(model.times_of(torch.tensor([1, 2, 3])), torch.ones(3))
+
+
+# ---------------------------------------------------------------- SSL tokens that keep the phones
+
+
+def test_codes_follow_the_mean_of_their_latents():
+    torch.manual_seed(0)
+    vq = FactorizedVQ(6, 4, 3, 0.15, 1.0)
+    vq.track_usage = True
+    found = vq(torch.randn(2, 6, 50))
+    latents, before = vq._latents, vq.codebook.weight.detach().clone()
+    vq.follow(0.25)
+    for code in range(4):
+        mine = latents[found.codes.reshape(-1) == code]
+        wanted = before[code] if not len(mine) else 0.75 * before[code] + 0.25 * mine.mean(0)
+        torch.testing.assert_close(vq.codebook.weight[code].detach(), wanted)
+
+
+def test_reconstructed_features_shall_sound_the_same_to_the_phone_head(job_of):  # noqa: F811
+    recipes.train(job_of("ssl", steps=2))
+    job = replace(job_of("semantic", steps=3), options={"phones": 5.0, "follow": 0.1})
+    objective, source, _ = recipes.BUILD["semantic"](job)
+    batch = source.batch([0, 1], epoch=0, step=0)
+    with torch.no_grad():
+        terms = objective(batch)
+        features = objective.frozen[0].features(batch["heard"], batch["lengths"])
+        recon = objective.codec(features, torch.ones(features.shape[:2], dtype=torch.bool))[0]
+        encoder, head = objective.frozen
+        said = [head(x * encoder.var.sqrt() + encoder.mean).softmax(-1) for x in (features, recon)]
+        by_hand = (said[0] * (said[0] / said[1]).log()).sum(-1)
+    exists = torch.arange(features.shape[1])[None] < batch["lengths"][:, None]
+    assert terms["phones"] == pytest.approx(float(by_hand[exists].sum()), rel=0.05)
+    assert "phone_error" in recipes.train(job)
 
 
 # ---------------------------------------------------------------- a teacher

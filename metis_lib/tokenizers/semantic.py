@@ -148,6 +148,7 @@ class FactorizedVQ(nn.Module):
         self.track_usage = False
         self.register_buffer("idle", torch.zeros(codebook_size, dtype=torch.long), persistent=False)
         self._latents: Tensor | None = None
+        self._used: Tensor | None = None
 
     def search(self, latents: Tensor) -> Tensor:
         """Nearest codes: latents ``[B, D, T]`` fp32 to codes ``[B, T]``."""
@@ -187,7 +188,21 @@ class FactorizedVQ(nn.Module):
             flat, used = flat[mask.reshape(-1)], used[mask.reshape(-1)]
         self.idle += 1
         self.idle[used] = 0
-        self._latents = flat
+        self._latents, self._used = flat, used
+
+    @torch.no_grad()
+    def follow(self, share: float) -> None:
+        """Move the codes of the last training call by ``share`` of the way to the mean of their latents.
+
+        A gradient step moves a code by the learning rate at most, too slowly for latents whose scale grows.
+        """
+        if self._latents is None or self._used is None or not len(self._used):
+            return
+        codes, place = self._used.unique(return_inverse=True)
+        sums = self._latents.new_zeros(len(codes), self._latents.shape[1]).index_add_(0, place, self._latents)
+        means = sums / place.bincount(minlength=len(codes))[:, None]
+        weight = self.codebook.weight
+        weight[codes] += share * (means.to(weight.dtype) - weight[codes])
 
     @torch.no_grad()
     def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:

@@ -459,7 +459,7 @@ class Adaptation:
         said: Any = known if whole else [_heard(example.target) for _, example in examples]
         heard: list[Any] = [None if e.condition is None else _heard(e.condition) for _, e in examples]
         lengths = [len(x) if c is None else min(len(x), len(c)) for x, c in zip(said, heard, strict=True)]
-        out: Batch = {"task": task, "lengths": torch.tensor(lengths)}
+        out: Batch = {"task": task, "ids": [example.id for _, example in examples], "lengths": torch.tensor(lengths)}
         out["tokens" if whole else "target"] = padded([x[:n] for x, n in zip(said, lengths, strict=True)])[0]
         if heard[0] is not None:
             out["condition"] = padded([c[:n] for c, n in zip(heard, lengths, strict=True)])[0]
@@ -521,7 +521,7 @@ class Lips:
         from metis_lib.data.lips import CLASS_OF, FaceStyle, render
         from metis_lib.data.video import read_lips
 
-        videos, heard, said, masks = [], [], [], []
+        videos, heard, said, masks, ids = [], [], [], [], []
         failed = ""
         for i in items:
             rng = chance(self.seed, epoch, i)
@@ -536,6 +536,7 @@ class Lips:
             except MetisError as error:  # a text that is not what is said, a film without a face
                 failed = str(error)
                 continue
+            ids.append(self.waves.items[i]["id"])
             target = target[: 2 * len(video)]
             videos.append(torch.from_numpy(video[: -(-len(target) // 2)]))
             heard.append(target)
@@ -547,4 +548,5 @@ class Lips:
         target, lengths = padded(heard)
         exists = torch.arange(target.shape[1])[None] < lengths[:, None]
         out = {"video": padded(videos)[0], "target": target, "lengths": lengths, "said": said, "exists": exists}
+        out["ids"] = ids
         return out | _masks(masks)

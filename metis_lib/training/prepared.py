@@ -35,8 +35,8 @@ def prepare(
         passes: how often each recording is used.
 
     Returns:
-        An item an example: int16 ``[T, 1 + C]``, its token and the bits of its condition in float16; ``prompt`` in
-        frames.  A folder that is there is taken as it is (its name must tell what made it).
+        An item an example: int16 ``[T, 1 + C]``, its token and the bits of its condition in float16; ``id`` of the
+        recording, ``prompt`` in frames.  A folder that is there is taken as it is (its name must tell what made it).
     """
     if (folder / "index.json").is_file():
         return FlatStore(folder)
@@ -53,8 +53,9 @@ def prepare(
                 step += 1
                 tokens = batch["tokens"].numpy().astype(np.int16)
                 bits = batch["condition"].to(torch.float16).numpy().view(np.int16)
-                for k, (n, prompt) in enumerate(zip(batch["lengths"].tolist(), batch["prompt"].tolist(), strict=True)):
-                    yield {"prompt": prompt}, np.concatenate([tokens[k, :n, None], bits[k, :n]], axis=1)
+                about = zip(batch["ids"], batch["lengths"].tolist(), batch["prompt"].tolist(), strict=True)
+                for k, (name, n, prompt) in enumerate(about):
+                    yield {"id": name, "prompt": prompt}, np.concatenate([tokens[k, :n, None], bits[k, :n]], axis=1)
 
     return FlatStore.write(folder, pieces())
 

@@ -176,14 +176,19 @@ class Job:
             return Sources(pool)
         return data.sources_of(folder, split, pool)
 
-    def timed(self, split: str) -> dict[str, Any]:
-        """Durations of the phones of a split by recording, by the phone head of the system's SSL encoder."""
+    @cached_property
+    def phone_head(self) -> torch.nn.Linear:
+        """Of the system's SSL encoder."""
         head = load_state(self.out / "ssl", "phones")
         linear = torch.nn.Linear(head["weight"].shape[1], len(head["weight"]))
         fill(linear, head, self.out / "ssl")
+        return linear
+
+    def timed(self, split: str) -> dict[str, Any]:
+        """Durations of the phones of a split by recording, by the phone head of the system's SSL encoder."""
         folder = data.prepared(self.recordings) / f"durations-{system_hash(self.out / 'ssl')[:8]}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return time_phones(self.waves(split), self.frozen.encoder, linear, folder)
+        return time_phones(self.waves(split), self.frozen.encoder, self.phone_head, folder)
 
     def tokens(self, split: str) -> Any:
         """Token shards of a split, made by the system's tokenizers on first use; acoustic codes only for stage 2."""
@@ -249,7 +254,12 @@ def _ssl(job: Job) -> Built:
 def _semantic(job: Job) -> Built:
     source = data.Speech(job.waves("train"), None, 0.0, job.chosen["longest"], job.settings.seed)
     held_out = data.Speech(job.waves("validation"), longest=600)
-    objective = tok.SemanticTraining(job.system.semantic, job.frozen, check=_check(job, held_out))
+    weight = job.chosen["phones"]
+    head = job.phone_head if weight and (job.out / "ssl" / "phones.safetensors").is_file() else None
+    objective = tok.SemanticTraining(
+        job.system.semantic, job.frozen, head=head, phones=weight, follow=job.chosen["follow"],
+        check=_check(job, held_out),
+    )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.semantic}
 
 
@@ -369,7 +379,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300, "hidden": 0.35, "teacher": "none"},
-    "semantic": {"longest": 300},
+    "semantic": {"longest": 300, "phones": 0.0, "follow": 0.0},
     "acoustic": {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano"},
     "stage1": {"floor": 0.0, "longest": 600},
     "stage2_layer1": {"longest": 600},

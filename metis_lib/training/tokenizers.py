@@ -211,48 +211,73 @@ class SemanticTraining(Objective):
     """Semantic codec over features of a frozen SSL encoder: L1 of the reconstruction and the VQ losses.
 
     The weight 32 of the reconstruction is that of the closest published trainer of this codec (Vevo); the paper gives
-    none.  Batches: :class:`~metis_lib.training.data.Speech`.
+    none.  With a ``head`` (the encoder's for phones, frozen) the reconstruction shall also sound the same to it: the
+    divergence of its distributions, weight ``phones`` (our addition, for few codes).  ``follow`` is the share of the
+    way to the mean of their latents that codes move after a step (ours; in one process alone).  Batches:
+    :class:`~metis_lib.training.data.Speech`.
     """
 
-    weights = {"recon_l1": 32.0, "vq": 1.0}
-
-    def __init__(self, config: SemanticCodecConfig, frozen: Frozen, *, check: Sequence[Batch] = ()) -> None:
+    def __init__(
+        self, config: SemanticCodecConfig, frozen: Frozen, *, head: nn.Linear | None = None, phones: float = 0.0,
+        follow: float = 0.0, check: Sequence[Batch] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.codec, self.frozen, self.check = SemanticCodec(config), (frozen,), check
+        self.follow = follow
+        self.codec, self.frozen, self.check = SemanticCodec(config), (frozen, head), check
+        self.weights = {"recon_l1": 32.0, "vq": 1.0} | ({"phones": phones} if head is not None else {})
         self.codec.track_usage()
+
+    def _said(self, features: Tensor) -> Tensor:
+        """What the phone head makes of normalised features ``[B, T, C]``: log-probabilities ``[B, T, 1 + V]``."""
+        frozen, head = self.frozen
+        assert head is not None
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = features.float() * frozen.encoder.var.sqrt() + frozen.encoder.mean
+            return F.linear(hidden, head.weight.detach(), head.bias.detach()).log_softmax(-1)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Frames."""
-        frames = float(batch["lengths"].sum())
-        return {"recon_l1": frames, "vq": frames, "frames": frames}
+        return dict.fromkeys((*self.weights, "frames"), float(batch["lengths"].sum()))
 
     def forward(self, batch: Batch, part: str = "model") -> dict[str, Tensor]:
         """``recon_l1`` and ``vq`` (codebook and commitment with their weights), summed over frames."""
         features = self.frozen[0].features(batch["heard"], batch["lengths"])
         exists = torch.arange(features.shape[1], device=features.device)[None] < batch["lengths"][:, None]
-        _, losses, _ = self.codec(features, exists)
+        recon, losses, _ = self.codec(features, exists)
         frames = exists.sum()
         vq = losses["commit_loss"] + losses["codebook_loss"]
-        return {"recon_l1": losses["recon_l1"] * frames, "vq": vq * frames}
+        terms = {"recon_l1": losses["recon_l1"] * frames, "vq": vq * frames}
+        if "phones" in self.weights:
+            wanted, found = self._said(features), self._said(recon)
+            terms["phones"] = ((wanted.exp() * (wanted - found)).sum(-1) * exists).sum()
+        return terms
 
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
-        """Revive idle codes every 10 steps, not in the last fifth of the run."""
+        """Codes follow their latents; idle ones are revived every 10 steps, not in the last fifth of the run."""
+        if self.follow and fabric.world_size == 1:
+            self.codec.quantizer.quantizers[0].follow(self.follow)
         if step % 10 == 9 and step < settings.steps * 0.8:
             revive(self.codec.quantizer, 20, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:
-        """``recon_l1``, and the perplexity of the tokens (how many are in use)."""
+        """``recon_l1``, the perplexity of the tokens (how many are in use), and with a head the ``phone_error`` of what
+        is reconstructed."""
         loss = frames = 0.0
+        errors = total = 0
         used = torch.zeros(self.codec.config.codebook_size)
         for batch in self.check:
             batch = placed(self, batch)
             features = self.frozen[0].features(batch["clean"], batch["lengths"])
             exists = torch.arange(features.shape[1], device=features.device)[None] < batch["lengths"][:, None]
-            _, losses, tokens = self.codec(features, exists)
+            recon, losses, tokens = self.codec(features, exists)
+            if "phones" in self.weights:
+                wrong, said = phone_errors(self._said(recon), batch["phones"], batch["lengths"])
+                errors, total = errors + wrong, total + said
             loss += float(losses["recon_l1"] * exists.sum())
             frames += float(exists.sum())
             used += torch.bincount(tokens[exists].cpu(), minlength=len(used))
-        return {"recon_l1": loss / max(frames, 1), "perplexity": perplexity(used)}
+        scores = {"recon_l1": loss / max(frames, 1), "perplexity": perplexity(used)}
+        return scores | ({"phone_error": errors / total} if total else {})
 
 
 def perplexity(counts: Tensor) -> float:

@@ -1,0 +1,443 @@
+"""Arms: the small trainings that claims compare, each a function of its fields, and what is measured of them.
+
+Arms of one comparison see the same number of padded frames in batches of the same size; their held-out cross-entropy
+is kept utterance by utterance, so that they compare in pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metis_lib.assets import metis_home
+from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, save_part, system_hash
+from metis_lib.config import FRAME_RATE, LipConfig, Stage2Config, SystemConfig
+from metis_lib.data.store import FlatStore
+from metis_lib.errors import MetisError
+from metis_lib.evaluation import record
+from metis_lib.models.masked import MaskingSettings
+from metis_lib.models.stage1 import Stage1
+from metis_lib.models.stage2 import Stage2
+from metis_lib.tasks import TASKS
+from metis_lib.tokenizers.lips import LipEncoder
+from metis_lib.tokenizers.semantic import SemanticCodec
+from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.training import data, recipes
+from metis_lib.training import generative as gen
+from metis_lib.training.loop import Objective, TrainSettings, fit
+from metis_lib.training.prepared import Mixed
+
+SCALES: dict[str, dict[str, Any]] = {
+    "ablate": {},
+    "paper": {"tokens": 500_000_000, "pretraining": 2_000_000_000, "frames": 10_000, "lr": 1e-4},
+    "debug": {
+        "tokens": 900, "pretraining": 900, "frames": 300, "lr": 3e-3, "precision": "32-true", "held_out": 2,
+        "hours": (0.001, 0.01),
+    },
+}  # fmt: skip
+"""What each scale changes; the sizes of the nets are those of the system that is measured (nano: 4.7 M in stage 1)."""
+QUARTER = 0.25
+"""Part of an utterance that is given to text-to-speech and to the pre-trained model when they are measured."""
+DRAWS = 2
+"""Random masks an utterance."""
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where and how arms are trained.
+
+    Attributes:
+        system: folder whose tokenizers, lip encoder, stage 2 and sizes are used; it stays as it is.
+        manifest: of the corpus.
+        home: for results (``arms/``, ``decode/``), weights (``systems/``) and runs that were cut off.
+        tokens: padded frames that an arm sees (Omni: as many for each of its tasks).
+        pretraining: those of the pre-training arms.
+        frames: padded frames a step.
+        lr: peak learning rate of every arm; nothing is tuned for one side of a comparison.
+        hours: small and large amount of labelled data.
+        held_out: utterances of the validation split that all arms are measured on.
+        seeds: of arms and of decoding.
+        testset, items: what is decoded; the first ``items`` of a task (0: all).
+    """
+
+    system: Path
+    manifest: Path
+    home: Path
+    tokens: int = 1_200_000
+    pretraining: int = 4_800_000
+    frames: int = 4000
+    lr: float = 2e-3
+    precision: str = "bf16-mixed"
+    hours: tuple[float, float] = (0.5, 10.0)
+    held_out: int = 60
+    seeds: tuple[int, ...] = (0, 1, 2)
+    testset: str = "human"
+    items: int = 0
+
+    @classmethod
+    def of(cls, scale: str = "ablate", **changes: Any) -> Lab:
+        """The laboratory of a scale, with changes (those that are None are none).
+
+        Raises:
+            MetisError: unknown scale, or values that cannot be.
+        """
+        if scale not in SCALES:
+            raise MetisError(f"unknown scale {scale!r}; choose one of {', '.join(SCALES)}")
+        folder = metis_home() / "runs" / ("claims" if scale == "ablate" else f"claims-{scale}")
+        places = {"system": metis_home() / "runs" / "nano", "manifest": data.corpus() / "manifest.jsonl"}
+        given = {key: value for key, value in changes.items() if value is not None}
+        lab = cls(**{**places, "home": folder, **SCALES[scale], **given})
+        if min(lab.tokens, lab.pretraining) < lab.frames or lab.frames < 1 or not lab.seeds or lab.held_out < 1:
+            raise MetisError("an arm needs at least one step, one seed and one held-out utterance")
+        if not 0 < lab.hours[0] < lab.hours[1]:
+            raise MetisError(f"the two amounts of labelled data must be hours in rising order, not {lab.hours}")
+        return lab
+
+    @cached_property
+    def sizes(self) -> SystemConfig:
+        """The configurations of the system's parts; of those that it lacks, nano's."""
+        return recipes.sizes(self.system)
+
+    def settings(self, tokens: int, seed: int) -> TrainSettings:
+        """How an arm of ``tokens`` padded frames is trained."""
+        steps = max(1, tokens // self.frames)
+        return TrainSettings(
+            steps=steps, lr=self.lr, warmup=max(1, steps // 10), frames=self.frames, precision=self.precision,
+            seed=seed, log_every=max(1, steps // 10), keep=1,
+        )  # fmt: skip
+
+    def job(self, task: str, seed: int = 0, passes: int = 0) -> recipes.Job:
+        """The recipe's job of a task in the system, which is only read."""
+        options = {"passes": passes, "text_hint": "even"} if task in TASKS else {}
+        return recipes.Job(task, self.sizes, self.system, self.settings(self.tokens, seed), self.manifest,
+                           options=options)  # fmt: skip
+
+    def passes(self, task: str) -> int:
+        """How often each recording was simulated in examples that are prepared already (1: none are)."""
+        made = data.prepared(self.manifest).glob(f"examples-{task}-*/train/index.json")
+        return max((int(path.parts[-3].split("-")[2]) for path in made), default=1)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training.
+
+    Attributes:
+        task: a task, ``stage1`` (pre-training) or ``direct`` (stage 2 that enhances by itself).
+        base: where it begins: ``none``, ``pretrained`` or ``pretrained-noprompt``; of ``stage1`` what it makes.
+        rank: of LoRA; 0 trains all weights.
+        hours: of labelled data, at most.
+        data: ``all`` recordings, or ``clean`` ones: synthetic speech, which says its text exactly.
+        floor: least share of masked tokens in training.
+    """
+
+    task: str
+    base: str = "pretrained"
+    rank: int = 0
+    hours: float = 10.0
+    data: str = "all"
+    floor: float = 0.0
+    seed: int = 0
+
+    @property
+    def id(self) -> str:
+        """Its name, which tells all fields."""
+        if self.task == "stage1":
+            return f"{self.base}-s{self.seed}"
+        how = f"lora{self.rank}" if self.rank else "full"
+        more = [self.data] * (self.data != "all") + [f"floor{self.floor:g}"] * (self.floor > 0)
+        return "-".join([self.task, self.base, how, f"{self.hours:g}h", *more, f"s{self.seed}"])
+
+    @property
+    def needs(self) -> Arm | None:
+        """The pre-training that it begins from."""
+        return None if self.task in ("stage1", "direct") or self.base == "none" else Arm(
+            "stage1", self.base, seed=self.seed
+        )  # fmt: skip
+
+    def budget(self, lab: Lab) -> int:
+        """Padded frames it sees (``direct``: each of its two nets, see :func:`direct_tokens`)."""
+        if self.task == "stage1":
+            return lab.pretraining
+        return lab.tokens * len(TASKS[self.task].mixture or (0,)) if self.task in TASKS else direct_tokens(lab)
+
+
+@functools.lru_cache
+def direct_tokens(lab: Lab) -> int:
+    """Padded frames of each direct net, so that both together compute what an arm of stage 1 does.
+
+    Compute is counted as frames times parameters of the transformer (embeddings and outputs are look-ups or small).
+    """
+    nets: list[Any] = [Stage1(lab.sizes.stage1), Stage2(lab.sizes.stage2_layer1), Stage2(lab.sizes.stage2_full)]
+    one, *two = (sum(p.numel() for p in net.diff_estimator.parameters()) for net in nets)
+    return round(lab.tokens * one / sum(two))
+
+
+# ---------------------------------------------------------------- data
+
+
+def first(
+    ids: Sequence[Any], lengths: np.ndarray, *, hours: float | None = None, count: int | None = None
+) -> np.ndarray:
+    """``lengths [N]`` in frames, 0 for what lies beyond the first ``hours`` or ``count`` in the order of hashed ids.
+
+    The order is the same every time, so a smaller amount is part of any larger one.
+    """
+    usable = np.flatnonzero(lengths).tolist()
+    order = np.array(sorted(usable, key=lambda i: hashlib.sha256(str(ids[i]).encode()).hexdigest()), dtype=int)
+    taken = order[:count]
+    if hours is not None:
+        taken = taken[np.cumsum(lengths[taken]) <= hours * 3600 * FRAME_RATE]
+    out = np.zeros_like(lengths)
+    out[taken] = lengths[taken]
+    return out
+
+
+@functools.lru_cache(maxsize=16)
+def whole(lab: Lab, task: str, split: str) -> tuple[Any, tuple[Any, ...]]:
+    """The source of all examples of a task (of ``stage1``: all recordings), and what tells its items apart."""
+    seed = 0 if split == "train" else 1
+    job = lab.job(task, passes=lab.passes(task))
+    if task == "stage1":
+        source: Any = data.Tokens(job.tokens(split))
+    else:
+        lips = recipes.load_module(lab.system / "lips", LipConfig, LipEncoder) if task == "l2s" else None
+        source = recipes.task_source(job, split, seed, None if task == "tts" else job.frozen, lips)
+    if isinstance(source, data.Tokens):
+        return source, tuple(source.shards.record(i)["id"] for i in range(len(source.lengths)))
+    return source, tuple(range(len(source.lengths)))  # prepared examples have numbers only
+
+
+def sources(lab: Lab, arm: Arm, split: str) -> dict[str, Any]:
+    """The sources of an arm's examples by task, restricted to its data; ``validation``: the held-out utterances."""
+    found = {}
+    for task in ("stage1",) if arm.task == "stage1" else TASKS[arm.task].mixture or (arm.task,):
+        kept, ids = whole(lab, task, split)
+        found[task] = source = copy.copy(kept)
+        if split != "train":
+            source.seed = 1  # the same masks for all arms
+            source.lengths = first(ids, source.lengths, count=lab.held_out)
+            continue
+        if task == "stage1" and arm.base == "pretrained-noprompt":
+            source.masking = MaskingSettings(prompt_probability=0.0)
+        if arm.data == "clean":
+            human = np.array([source.shards.record(i)["human"] for i in range(len(source.lengths))])
+            source.lengths = np.where(human, 0, source.lengths)
+        source.seed, source.masking = arm.seed, replace(source.masking, ratio_floor=arm.floor)
+        if task != "stage1":
+            source.lengths = first(ids, source.lengths, hours=arm.hours)
+    return found
+
+
+def feed_of(lab: Lab, arm: Arm, found: dict[str, Any], settings: TrainSettings) -> Any:
+    """The batches of a run."""
+    if arm.task == "omni":
+        return Mixed(found, TASKS["omni"].mixture, settings)
+    return data.Feed(found[arm.task], settings)
+
+
+@dataclass
+class Pairs:
+    """Prepared examples of enhancement as token shards for stage 2: SSL tokens of the *noisy* speech, clean codes."""
+
+    store: FlatStore
+    shards: Any
+    at: list[int]
+    codec: SemanticCodec
+    known: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.ends = np.array([len(self.at)])
+
+    def lengths(self) -> np.ndarray:
+        """Frames of every example; 0 where the recording is not that of the example."""
+        same = [self.at[j] >= 0 and np.array_equal(self.shards[self.at[j]][1][: self.store.length(j), 0],
+                                                   self.store[j][:, 0]) for j in range(len(self.at))]  # fmt: skip
+        return np.where(same, self.store.ends - self.store.starts, 0)
+
+    def record(self, j: int) -> dict[str, Any]:
+        """The recording's row."""
+        return self.shards.record(self.at[j])
+
+    def __getitem__(self, j: int) -> tuple[dict[str, Any], np.ndarray]:
+        if j not in self.known:
+            bits = np.ascontiguousarray(self.store[j][:, 1:])
+            features = torch.from_numpy(bits).view(torch.float16).float()
+            with torch.no_grad():
+                noisy = self.codec.quantize(features[None])[0][0].numpy()
+            codes = self.shards[self.at[j]][1][: len(noisy), 1:]
+            self.known[j] = np.concatenate([noisy[:, None], codes], axis=1).astype(np.int32)
+        return {}, self.known[j]
+
+
+def pairs(lab: Lab, split: str) -> Pairs:
+    """The examples of enhancement with the acoustic codes of their recordings.
+
+    Examples do not tell their recordings, but the order in which they were prepared does; tokens are compared.
+    """
+    count = lab.passes("se") if split == "train" else 1
+    job, frozen = lab.job("se", passes=lab.passes("se")), lab.job("se").frozen
+    made = recipes.task_source(job, split, 0 if split == "train" else 1, frozen, None)
+    raw = recipes.task_source(lab.job("se"), split, 0, frozen, None)
+    order = [i for e in range(count) for (items,) in data.plan(raw.lengths, 4000, 1, seed=0, epoch=e) for i in items]
+    if len(order) != len(made.store) or frozen.semantic is None:
+        raise MetisError("some recordings could not be prepared for enhancement; examples cannot be told apart")
+    shards = lab.job("stage2_full").tokens(split)
+    known = {shards.record(i)["id"]: i for i in range(len(shards))}
+    return Pairs(made.store, shards, [known.get(raw.pool.ids[i], -1) for i in order], frozen.semantic)
+
+
+# ---------------------------------------------------------------- training
+
+
+def build(lab: Lab, arm: Arm) -> tuple[Stage1, dict[str, Tensor], TaskConfig]:
+    """The model of an arm, the weights it begins from and the task's configuration.
+
+    With and without pre-training the nets are the same, and so are the first values of what the task adds.
+    """
+    torch.manual_seed(arm.seed)
+    base = Stage1(lab.sizes.stage1).state_dict()
+    if arm.needs:
+        folder = lab.home / "systems" / arm.needs.id / "stage1"
+        if not (folder / "config.json").is_file():
+            raise MetisError(f"{arm.id} begins from {arm.needs.id}, which is not trained yet")
+        base = load_state(folder)
+    entry = TASKS[arm.task]
+    hint = {"text_hint": "even"} if entry.takes_text else {}
+    config = TaskConfig(arm.task, entry.changes(lab.sizes, phone_vocab=PhoneTokenizer().size, **hint), arm.rank)
+    torch.manual_seed(arm.seed + 1)
+    return gen.task_model(lab.sizes.stage1, base, config), base, config
+
+
+def key_of(lab: Lab, arm: Arm) -> str:
+    """Hash of all that an arm's result depends on."""
+    parts = ["ssl", "semantic_codec"] + ["lips"] * (arm.task == "l2s")
+    parts += ["stage2_layer1", "stage2_full", "acoustic_codec"] * (arm.task == "direct")
+    about = {name: system_hash(lab.system / name) for name in parts}
+    settings = [asdict(lab.settings(arm.budget(lab), arm.seed)), lab.held_out, lab.pretraining]
+    return record.sha256_of([asdict(arm), settings, about, record.sha256_file(lab.manifest)])
+
+
+def result_of(lab: Lab, arm: Arm) -> dict[str, Any] | None:
+    """What was measured of an arm, or None where it is not finished or was made otherwise."""
+    found = record.read_json(lab.home / "arms" / f"{arm.id}.json")
+    return found if found and found["key"] == key_of(lab, arm) else None
+
+
+def train(
+    lab: Lab, arm: Arm, *, budget: str | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any] | None:
+    """Train and measure an arm; it goes on where it was cut off.
+
+    Returns:
+        The result, which is also written to ``home/arms/ID.json``; None where the budget or a signal ended it before.
+
+    Raises:
+        MetisError: parts of the system or the base are missing, and what ``fit`` raises.
+    """
+    key, settings = key_of(lab, arm), lab.settings(arm.budget(lab), arm.seed)
+    run, place = lab.home / "runs" / f"{arm.id}-{key[:8]}", lab.home / "systems" / arm.id
+    shutil.rmtree(place, ignore_errors=True)
+    if arm.task == "direct":
+        done = _direct(lab, arm, settings, run, place, budget, say)
+    else:
+        done = _stage1(lab, arm, settings, run, place, budget, say)
+    if done is None:
+        return None
+    found = {"id": arm.id, **asdict(arm), "tokens": settings.steps * settings.frames, **done, "key": key}
+    record.write_json(lab.home / "arms" / f"{arm.id}.json", found)
+    shutil.rmtree(run, ignore_errors=True)
+    return found
+
+
+def _stage1(
+    lab: Lab, arm: Arm, settings: TrainSettings, run: Path, place: Path, budget: str | None, say: Any
+) -> dict[str, Any] | None:
+    if arm.task == "stage1":
+        torch.manual_seed(arm.seed)
+        model, trained = Stage1(lab.sizes.stage1), None
+    else:
+        model, base, config = build(lab, arm)
+        trained = gen.choose_trained(model, base, "lora" if arm.rank else "full")
+    given = sources(lab, arm, "train")
+    scores = fit(gen.Stage1Training(model), feed_of(lab, arm, given, settings), settings, run, budget=budget, say=say)
+    if not scores["finished"]:
+        return None
+    measured = {task: held_out(model, source) for task, source in sources(lab, arm, "validation").items()}
+    if arm.task == "stage1":
+        save_part(place / "stage1", model, lab.sizes.stage1, dtype=torch.float32)
+    elif not arm.rank and arm.hours == lab.hours[1] and arm.task in ("se", "tse", "omni"):  # decoded later
+        save_part(place / "tasks" / arm.task, gen.task_state(model, base, full=True), config)
+    amounts = {task: round(float(source.lengths.sum()) / FRAME_RATE / 3600, 4) for task, source in given.items()}
+    return {
+        "trained": trained or sum(p.numel() for p in model.parameters()), "seconds": scores["seconds"],
+        "frames_seen": scores["frames"], "skipped": scores["skipped"], "hours_used": amounts, "held_out": measured,
+    }  # fmt: skip
+
+
+def _direct(
+    lab: Lab, arm: Arm, settings: TrainSettings, run: Path, place: Path, budget: str | None, say: Any
+) -> dict[str, Any] | None:
+    """Both nets of stage 2 go on from the system's own, now given what the noisy speech sounds like."""
+    masking, amount, total = MaskingSettings(prompt_probability=0.0), 0.0, 0.0
+    shards = pairs(lab, "train")
+    for name in ("stage2_layer1", "stage2_full"):
+        config = load_config_and_card(lab.system / name, Stage2Config)[0]
+        objective = gen.Stage2Training(config)
+        fill(objective.model, load_state(lab.system / name), lab.system / name)
+        weights = objective.model.layer_weights().tolist()
+        source = data.Tokens(shards, masking, layer_weights=weights, seed=arm.seed)  # type: ignore[arg-type]
+        source.lengths = first(list(range(len(source.lengths))), source.lengths, hours=arm.hours)
+        scores = fit(objective, data.Feed(source, settings), settings, run / name, budget=budget, say=say)
+        if not scores["finished"]:
+            return None
+        save_part(place / name, objective.model, config)
+        total, amount = total + scores["seconds"], float(source.lengths.sum()) / FRAME_RATE / 3600
+    return {"seconds": total, "hours_used": {"se": round(amount, 4)}, "held_out": {}}
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def nats(model: Stage1, batch: dict[str, Any], hidden: Tensor, t: Tensor, told: bool = True) -> Tensor:
+    """Cross-entropy of the hidden tokens of each utterance ``[B]``, in nats a token."""
+    given = ("phones", "phone_mask", "hint", "condition") if told else ()
+    out = model(batch["tokens"], hidden, t, mask=gen.exists(batch), **{key: batch.get(key) for key in given})
+    loss = F.cross_entropy(model.to_logit(out).float().transpose(1, 2), batch["tokens"], reduction="none")
+    return (loss * hidden).sum(1) / hidden.sum(1)
+
+
+@torch.no_grad()
+def held_out(model: Stage1, source: Any) -> dict[str, list[float]]:
+    """Of each held-out utterance, in the order of the source: cross-entropy in nats a token.
+
+    ``told``: everything after the prompt hidden, with the condition; ``untold``: without it; ``random``: under random
+    masks, with the condition.  The prompt is the example's own; of text-to-speech and pre-training, the first quarter.
+    """
+    items = np.flatnonzero(source.lengths)
+    found: dict[str, np.ndarray] = {name: np.zeros(len(source.lengths)) for name in ("told", "untold", "random")}
+    objective: Objective = gen.Stage1Training(model).eval()
+    device = next(objective.parameters()).device
+    for some in data.pack(items[np.argsort(source.lengths[items], kind="stable")], source.lengths, 4000):
+        for epoch in range(DRAWS):
+            made = source.batch(some, epoch=epoch, step=0)
+            batch = gen.encode({k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}, None)
+            found["random"][some] += nats(model, batch, batch["hidden"], batch["t"]).cpu().numpy() / DRAWS
+        start = batch["prompt"] if "condition" in batch else (batch["lengths"] * QUARTER).long()
+        later = torch.arange(batch["tokens"].shape[1], device=device)[None] >= start[:, None]
+        ones, hidden = torch.ones_like(batch["t"]), gen.exists(batch) & later
+        for name in ("told", "untold"):
+            found[name][some] = nats(model, batch, hidden, ones, name == "told").cpu().numpy()
+    return {name: [round(float(x), 5) for x in values[items]] for name, values in found.items()}

@@ -1,0 +1,359 @@
+"""The claims laboratory: arms run, resume and compare at equal compute; verdicts, effects and probes by hand."""
+
+import itertools
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from metis_lib.checkpoints import save_part
+from metis_lib.errors import MetisError
+from metis_lib.evaluation import record
+from metis_lib.models.stage2 import Stage2
+from metis_lib.training import data
+from recipes.claims import arms, decode, probes, queue, table
+from recipes.claims.arms import Arm, Lab, first, held_out, result_of, sources, train
+from recipes.claims.claims import RIVAL, TITLES, Claim, all_claims, seeded, verdict
+from tests.training_jobs import DEBUG, make_corpus, make_system
+
+pytestmark = pytest.mark.training
+MANY = 0.01
+"""Hours of the debug scale's large amount: all of the tiny corpus."""
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A laboratory on a tiny corpus and a system of random weights."""
+    home = tmp_path_factory.mktemp("claims")
+    before = os.environ.get("METIS_HOME")
+    os.environ["METIS_HOME"] = str(home / "cache")
+    manifest, system = make_corpus(home / "corpus"), make_system(home / "system")
+    for name in ("stage2_layer1", "stage2_full"):
+        save_part(system / name, Stage2(getattr(DEBUG, name)), getattr(DEBUG, name))
+    yield Lab.of("debug", system=system, manifest=manifest, home=home / "lab")
+    if before is None:
+        del os.environ["METIS_HOME"]
+    else:
+        os.environ["METIS_HOME"] = before
+
+
+# ---------------------------------------------------------------- arms
+
+
+def test_an_arm_begins_from_its_pretraining_and_is_measured_by_condition(lab):
+    arm = Arm("se", hours=MANY)
+    with pytest.raises(MetisError, match="pretrained-s0, which is not trained yet"):
+        train(lab, arm)
+    for one in seeded([arm], 0):
+        found = train(lab, one)
+    assert [one.id for one in seeded([arm], 0)] == ["pretrained-s0", "se-pretrained-full-0.01h-s0"]
+    scores = found["held_out"]["se"]
+    assert {name: len(values) for name, values in scores.items()} == dict.fromkeys(("told", "untold", "random"), 2)
+    assert all(2.0 < x < 6.0 for values in scores.values() for x in values)
+    assert scores["told"] != scores["untold"]
+    assert found == result_of(lab, arm) and found["tokens"] == 900 and found["hours_used"]["se"] > 0
+    assert not list((lab.home / "runs").glob("*")) and (lab.home / "systems" / arm.id / "tasks" / "se").is_dir()
+    assert result_of(replace(lab, tokens=1200), arm) is None  # another budget is another arm
+
+
+def test_an_arm_that_gets_a_signal_goes_on_to_the_same_end(lab, tmp_path, monkeypatch):
+    arm, other = Arm("tts", "none", hours=MANY), replace(lab, home=tmp_path)
+    undisturbed, opened = train(lab, arm), data.Feed.open
+
+    def told_to_stop(self, step=0, *rest):
+        for at, batch in enumerate(opened(self, step, *rest), step):
+            if at == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with monkeypatch.context() as patched:
+        patched.setattr(data.Feed, "open", told_to_stop)
+        assert train(other, arm) is None
+    assert result_of(other, arm) is None and list((tmp_path / "runs").rglob("states/*"))
+    again = train(other, arm)
+    assert again["held_out"] == undisturbed["held_out"] and again["frames_seen"] == undisturbed["frames_seen"]
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_with_and_without_pretraining_the_compute_is_equal(lab):
+    train(lab, Arm("stage1"))
+    a, b = Arm("tts", "none", hours=MANY), Arm("tts", hours=MANY)
+    models = [arms.build(lab, arm)[0] for arm in (a, b)]
+    new = [{k: v for k, v in m.state_dict().items() if k.startswith(("phone_emb", "text_hint"))} for m in models]
+    assert new[0] and all(torch.equal(new[0][key], new[1][key]) for key in new[0])  # what the task adds begins alike
+    assert not torch.equal(models[0].to_logit.weight, models[1].to_logit.weight)
+    settings = [lab.settings(arm.budget(lab), arm.seed) for arm in (a, b)]
+    assert settings[0] == settings[1]
+    feeds = [arms.feed_of(lab, arm, sources(lab, arm, "train"), s) for arm, s in zip((a, b), settings, strict=True)]
+    for one, two in itertools.islice(zip(*(feed.open() for feed in feeds), strict=True), 5):
+        assert torch.equal(one["tokens"], two["tokens"]) and torch.equal(one["hidden"], two["hidden"])
+    for claim in all_claims(lab):
+        budgets = {arm.budget(lab) for arm in claim.arms if arm.task != "omni"}
+        assert len(budgets) <= 1 and all(arm.needs is None or arm.needs.budget(lab) == 900 for arm in claim.arms)
+    assert Arm("omni").budget(lab) == 4 * lab.tokens
+    big = sum(p.numel() for p in models[0].diff_estimator.parameters() if p.requires_grad)
+    assert arms.direct_tokens(lab) < lab.tokens < 3 * arms.direct_tokens(lab) and big > 0
+
+
+def test_omni_lora_and_direct_arms_run(lab):
+    train(lab, Arm("stage1"))
+    omni = train(lab, Arm("omni", hours=MANY))
+    assert set(omni["held_out"]) == set(omni["hours_used"]) == {"tts", "vc", "tse", "se"}
+    lora, full = (train(lab, Arm("se", hours=MANY, rank=rank)) for rank in (4, 0))
+    assert 0 < lora["trained"] < full["trained"] and lora["held_out"] != full["held_out"]
+    direct = train(lab, Arm("direct", "none", hours=MANY))
+    assert direct["hours_used"]["se"] == full["hours_used"]["se"]
+    assert (lab.home / "systems" / direct["id"] / "stage2_full" / "config.json").is_file()
+    pairs = arms.pairs(lab, "train")
+    _, tokens = pairs[0]
+    assert tokens.shape == (pairs.store.length(0), 1 + DEBUG.acoustic.num_quantizers)
+    assert np.array_equal(pairs.shards[pairs.at[0]][1][: len(tokens), 1:], tokens[:, 1:])  # codes of the recording
+
+
+def test_hours_are_nested_and_the_same_every_time():
+    rng = np.random.default_rng(0)
+    lengths, ids = rng.integers(0, 500, 400), [f"utterance {i}" for i in range(400)]
+    half, more, all_of_it = (first(ids, lengths, hours=h) for h in (0.1, 0.5, 100.0))
+    assert np.array_equal(half, first(ids, lengths, hours=0.1)) and np.array_equal(all_of_it, lengths)
+    assert ((half == 0) | (half == more)).all() and ((more == 0) | (more == lengths)).all()
+    for part, hours in ((half, 0.1), (more, 0.5)):
+        assert hours * 180_000 - 500 < part.sum() <= hours * 180_000
+    shuffled = rng.permutation(400)  # it does not matter where an utterance stands
+    assert np.array_equal(first([ids[i] for i in shuffled], lengths[shuffled], hours=0.5), more[shuffled])
+    assert (first(ids, lengths, count=60) > 0).sum() == 60
+
+
+def test_held_out_cross_entropy_is_that_of_each_utterance_alone(lab):
+    arm = Arm("tts", "none", hours=MANY)
+    model, source = arms.build(lab, arm)[0].eval(), sources(lab, arm, "validation")["tts"]
+    for key in ("to_logit.weight", "phone_emb.weight"):
+        model.state_dict()[key].mul_(20)
+    found, items = held_out(model, source), np.flatnonzero(source.lengths)
+    for place, item in enumerate(items):
+        alone = replace(source)
+        alone.lengths = np.where(np.arange(len(source.lengths)) == item, source.lengths, 0)
+        one = held_out(model, alone)
+        assert all(one[name][0] == pytest.approx(found[name][place], abs=2e-3) for name in found)
+    batch = source.batch([int(items[0])], epoch=0, step=0)
+    hidden = torch.arange(batch["tokens"].shape[1])[None] >= int(0.25 * int(batch["lengths"][0]))
+    out = model(batch["tokens"], hidden, torch.ones(1), phones=batch["phones"], hint=batch["hint"])
+    by_hand = -model.to_logit(out)[0].log_softmax(-1)[torch.arange(hidden.shape[1]), batch["tokens"][0]][hidden[0]]
+    assert found["told"][0] == pytest.approx(by_hand.mean().item(), abs=2e-3)
+
+
+def test_clean_data_is_synthetic_and_prompts_can_be_left_out(lab):
+    everything = sources(lab, Arm("tts", hours=MANY), "train")["tts"]
+    clean = sources(lab, Arm("tts", hours=MANY, data="clean"), "train")["tts"]
+    assert np.array_equal(everything.lengths, clean.lengths)  # espeak-ng is no human
+    without = sources(lab, Arm("stage1", "pretrained-noprompt"), "train")["stage1"]
+    items = np.flatnonzero(without.lengths).tolist()
+    assert not any(without.batch(items, epoch=e, step=0)["prompt"].any() for e in range(5))
+    given = sources(lab, Arm("stage1"), "train")["stage1"]
+    assert any(given.batch(items, epoch=e, step=0)["prompt"].any() for e in range(5))
+
+
+# ---------------------------------------------------------------- the queue
+
+
+def test_every_claim_has_its_first_seed_early_and_all_that_it_needs(lab):
+    order = [work.id for work in queue.plan(lab)]
+    assert len(order) == len(set(order))
+    for claim in all_claims(lab):
+        for arm in (replace(a, seed=s) for a in claim.arms for s in lab.seeds):
+            assert arm.needs is None or order.index(arm.needs.id) < order.index(arm.id)
+        assert all(name in order for name in claim.study[:1])
+    first_seed = [i for i, name in enumerate(order) if name.endswith("-s0")]
+    assert max(first_seed) < min(i for i, name in enumerate(order) if name.endswith("-s1"))
+    for name, study in decode.studies(lab).items():
+        for arm in (replace(a, seed=s) for a in study.arms for s in lab.seeds):
+            assert order.index(arm.id) < order.index(name)
+    assert {work.notebooks for work in queue.plan(lab) if not work.notebooks} == set()
+    assert "2 studies" in queue.sheet(lab, "schedule") and "3 studies" in queue.sheet(lab, "30")
+    with pytest.raises(MetisError, match="nothing to measure"):
+        queue.chosen(lab, "zzz")
+
+
+def test_the_queue_skips_what_is_done_and_tells_what_fails(lab, tmp_path):
+    mine, said = replace(lab, home=tmp_path), []
+    assert queue.run(mine, only="pretrained-s0", say=said.append) == []
+    count = len(said)
+    assert queue.run(mine, only="pretrained-s0", say=said.append) == [] and len(said) == count > 1
+    with pytest.raises(MetisError, match="could not measure guidance-vc; guidance-vc: .*task vc"):
+        queue.run(mine, only="guidance-vc")
+    done = record.read_json(tmp_path / "arms" / "pretrained-s0.json")
+    record.write_json(tmp_path / "arms" / "pretrained-s0.json", done | {"key": "of another system"})
+    assert not queue.done(mine, queue.chosen(mine, "pretrained-s0")[0])
+
+
+def test_bad_laboratories_are_refused():
+    for wrong in ({"scale": "huge"}, {"tokens": 10}, {"seeds": ()}, {"hours": (2.0, 1.0)}, {"held_out": 0}):
+        with pytest.raises(MetisError):
+            Lab.of(**wrong)
+
+
+# ---------------------------------------------------------------- the table
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "more", "wanted"),
+    [
+        (0.01, 0.2, {}, "holds"), (-0.2, -0.01, {}, "fails"), (-0.1, 0.1, {}, "undecided"),
+        (0.01, 0.2, {"margin": 0.05}, "holds"), (-0.01, 0.04, {"margin": 0.05}, "fails"),
+        (0.01, 0.04, {"margin": 0.05}, "fails"), (-0.01, 0.06, {"margin": 0.05}, "undecided"),
+        (-0.04, 0.3, {"margin": 0.05, "no_worse": True}, "holds"),
+        (-0.3, -0.06, {"margin": 0.05, "no_worse": True}, "fails"),
+        (-0.06, 0.1, {"margin": 0.05, "no_worse": True}, "undecided"), (-np.inf, np.inf, {}, "undecided"),
+    ],
+)  # fmt: skip
+def test_the_verdict_by_hand(low, high, more, wanted):
+    assert verdict(low, high, **more) == wanted
+
+
+def measured(lab, gap):
+    """Made-up results of all arms: what is oriented as claimed is better by ``gap`` on average, by seed."""
+    found = {}
+    for claim in all_claims(lab):
+        for seed in lab.seeds:
+            for arm in seeded(claim.arms, seed):
+                found.setdefault(arm.id, {"id": arm.id, "tokens": 900, "seconds": 1.0, "held_out": {}})
+    claim = next(c for c in all_claims(lab) if c.id.startswith("pretraining-se-0.01"))
+    for seed in lab.seeds:
+        for side, arm in enumerate(claim.arms):
+            values = [4.0 + 0.5 * u - side * gap[seed] for u in range(4)]
+            found[replace(arm, seed=seed).id]["held_out"] = {"se": {"told": values}}
+    return claim, {"arms": found, "decode": {}}
+
+
+def test_effects_of_trainings_are_paired_by_utterance_and_their_interval_is_students(lab):
+    claim, results = measured(lab, (0.10, 0.14, 0.12))
+    effect = table.effect_of(claim, results, lab.seeds)
+    assert effect.mean == pytest.approx(0.12) and effect.seeds == 3 and effect.tokens == 900
+    assert effect.high - effect.mean == pytest.approx(4.30265 * 0.02 / 3**0.5, rel=1e-4)
+    row = table.row_of(claim, effect)
+    assert row["verdict"] == "holds" and row["task"] == "se" and row["notebook"] == "notebooks/20_pretraining.ipynb"
+    keys = ("id", "claim", "source", "task", "effect", "unit", "ci95", "seeds", "tokens", "verdict", "notebook")
+    assert tuple(row) == keys
+    assert table.row_of(claim, table.effect_of(claim, measured(lab, (-0.2, -0.21, -0.2))[1], lab.seeds))[
+        "verdict"
+    ] == "fails"  # fmt: skip
+    with pytest.raises(MetisError, match="no interval from 1 seed"):
+        table.row_of(claim, table.effect_of(claim, results, (0,)))
+
+
+def test_effects_of_decoding_are_paired_and_bootstrapped():
+    rows = [
+        {"variant": v, "id": f"u{u}", "speaker": f"s{u % 2}", "seed": s, "wer": 0.1 * u + bad + 0.01 * s}
+        for v, bad in (("cosine", 0.0), ("linear", 0.3), ("square", 0.1)) for u in range(8) for s in range(3)
+    ]  # fmt: skip
+    rows[0]["wer"] = None  # a judge that failed
+    effect = table._of_rows(rows, "wer", RIVAL, "cosine", 0)
+    assert effect.mean == pytest.approx(0.1) and effect.low == pytest.approx(0.1) and effect.seeds == 3
+    assert table._of_rows(rows, "wer", "linear", "cosine", 0).mean == pytest.approx(0.3)
+    probes_rows = [
+        {"variant": v, "seed": s, "e": e + 0.01 * s} for v, e in (("chosen", 0.2), ("1", 0.5)) for s in (0, 1, 2)
+    ]
+    effect = table._of_rows(probes_rows, "e", RIVAL, "chosen", 0)
+    assert effect.mean == pytest.approx(0.3) and effect.high == pytest.approx(0.3)
+    with pytest.raises(MetisError, match="no variant"):
+        table._of_rows(rows, "wer", "sqrt", "cosine", 0)
+
+
+def test_a_table_with_missing_rows_is_refused(lab, tmp_path):
+    empty = {"arms": {}, "decode": {}}
+    with pytest.raises(MetisError) as caught:
+        table.rows_of(lab, empty)
+    assert "tts-none-full-0.001h-s2" in str(caught.value) and "two-stages" in str(caught.value)
+    with pytest.raises(MetisError, match="measurements are missing"):
+        table.export(replace(lab, home=tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    rows = [
+        {"id": c.id, "ci95": [0.1, 0.2], "verdict": verdict(0.1, 0.2, margin=c.margin, no_worse=c.no_worse)}
+        for c in all_claims(lab)
+    ]
+    table.check(rows, lab)
+    with pytest.raises(MetisError, match=f"{rows[3]['id']} is missing"):
+        table.check(rows[:3] + rows[4:], lab)
+    with pytest.raises(MetisError, match="is not what the rule gives"):
+        table.check([rows[0] | {"verdict": "fails"}, *rows[1:]], lab)
+
+
+def test_the_claims_are_those_that_were_asked_for():
+    claims = all_claims(Lab.of("ablate"))
+    ids = [claim.id for claim in claims]
+    assert len(ids) == len(set(ids))
+    wanted = {f"pretraining-{task}-{h}" for task in ("tts", "vc", "tse", "se", "l2s") for h in ("0.5", "10")}
+    assert wanted <= set(ids) and {claim.notebook for claim in claims} == set(TITLES)
+    assert {claim.task for claim in claims} <= {"tts", "vc", "tse", "se", "l2s", "omni", "stage2"}
+    assert all(bool(claim.arms) != bool(claim.study) and claim.source for claim in claims)
+    assert isinstance(claims[0], Claim)
+
+
+def test_the_figure_and_what_notebooks_show(lab, tmp_path):
+    claim, results = measured(lab, (0.10, 0.14, 0.12))
+    row = table.row_of(claim, table.effect_of(claim, results, lab.seeds))
+    figure = table.forest([row, row | {"id": "other", "unit": "cosine", "verdict": "undecided"}])
+    assert len(figure.axes) == 2 and "as claimed" in figure.axes[0].get_title("left")
+    shown = table.show("20", tmp_path, lab=lab)
+    assert len(shown.claims) == len(shown.missing) == 10 and shown.arms.empty and shown.decode.empty
+    record.write_json(tmp_path / "claims.json", [row])
+    for arm in results["arms"].values():
+        arm |= {"base": "none", "hours": 0.01, "seed": 0, "task": "se"}
+    record.write_json(tmp_path / "arms.json", list(results["arms"].values()))
+    record.write_json(tmp_path / "decode.json", {})
+    shown = table.show("20", tmp_path, lab=lab)
+    assert len(shown.missing) == 9 and set(shown.arms["condition"]) == {"told"}
+    assert shown.arms["nats"].max() == pytest.approx(4.75)
+    assert len(table.design("20", lab)) == 10
+
+
+# ---------------------------------------------------------------- probes
+
+
+def test_probes_find_the_layer_that_was_planted():
+    """Of three layers of noise, one tells the phone of each frame and another the speaker."""
+    rng = np.random.default_rng(0)
+    phones = [rng.permutation(6)[:4].tolist() for _ in range(60)]
+    speakers = [i % 5 for i in range(60)]
+
+    def layer(plant):
+        out = []
+        for i, said in enumerate(phones):
+            x = rng.normal(size=(40, 16)).astype(np.float32)
+            for k, phone in enumerate(said):
+                if plant == "phones":
+                    x[10 * k : 10 * k + 7, phone] += 6
+            if plant == "speakers":
+                x[:, 8 + speakers[i]] += 3
+            out.append(torch.from_numpy(x))
+        return out
+
+    errors, named = {}, {}
+    for plant in ("nothing", "phones", "speakers"):
+        states = layer(plant)
+        errors[plant] = probes.phone_probe(states[:45], phones[:45], states[45:], phones[45:], seed=0, steps=100)
+        named[plant] = probes.speaker_probe(states[:45], speakers[:45], states[45:], speakers[45:])
+    assert min(errors, key=errors.__getitem__) == "phones" and errors["phones"] < 0.4 < 0.6 < min(
+        errors["nothing"], errors["speakers"]
+    )  # fmt: skip
+    assert max(named, key=named.__getitem__) == "speakers" and named["speakers"] > 0.9 > 1.8 * named["nothing"]
+
+
+def test_hidden_states_are_those_of_the_encoder(lab):
+    encoder = lab.job("se").frozen.encoder
+    x, lengths = torch.randn(2, 12, 160), torch.tensor([12, 9])
+    states = probes.hidden_states(encoder, x, lengths)
+    assert len(states) == 1 + encoder.config.output_layer
+    torch.testing.assert_close(states[-1], encoder(x, lengths))
+
+
+def test_the_layers_of_a_system_are_probed_with_every_seed(lab, monkeypatch):
+    monkeypatch.setattr(probes, "SETTINGS", {**probes.SETTINGS, "train": 1, "test": 1, "steps": 5})
+    rows = probes.layers(replace(lab, seeds=(0, 1)))
+    assert [(row["seed"], row["variant"]) for row in rows] == [(s, v) for s in (0, 1) for v in ("0", "1", "chosen")]
+    assert all(0 <= row["speaker_accuracy"] <= 1 < 10 * (1 + row["phone_error"]) for row in rows)
+    two = replace(lab, seeds=(0, 1))
+    assert decode.measure(two, "ssl-layers")["rows"] == rows
+    assert decode.result_of_study(two, "ssl-layers") and decode.result_of_study(lab, "ssl-layers") is None

@@ -124,6 +124,8 @@ def test_hours_are_nested_and_the_same_every_time():
     shuffled = rng.permutation(400)  # it does not matter where an utterance stands
     assert np.array_equal(first([ids[i] for i in shuffled], lengths[shuffled], hours=0.5), more[shuffled])
     assert (first(ids, lengths, count=60) > 0).sum() == 60
+    twice = first([*ids, *ids], np.concatenate([lengths, lengths]), hours=0.5)  # two examples of each recording
+    assert np.array_equal(twice[:400], more) and np.array_equal(twice[400:], more)
 
 
 def test_held_out_cross_entropy_is_that_of_each_utterance_alone(lab):

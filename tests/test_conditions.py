@@ -176,7 +176,7 @@ def test_reconstructed_features_shall_sound_the_same_to_the_phone_head(job_of): 
         terms = objective(batch)
         features = objective.frozen[0].features(batch["heard"], batch["lengths"])
         recon = objective.codec(features, torch.ones(features.shape[:2], dtype=torch.bool))[0]
-        encoder, head = objective.frozen
+        encoder, head = objective.frozen[0].encoder, objective.frozen[1]
         said = [head(x * encoder.var.sqrt() + encoder.mean).softmax(-1) for x in (features, recon)]
         by_hand = (said[0] * (said[0] / said[1]).log()).sum(-1)
     exists = torch.arange(features.shape[1])[None] < batch["lengths"][:, None]

@@ -193,13 +193,16 @@ def first(
 ) -> np.ndarray:
     """``lengths [N]`` in frames, 0 for what lies beyond the first ``hours`` or ``count`` in the order of hashed ids.
 
-    The order is the same every time, so a smaller amount is part of any larger one.
+    The order is the same every time, so a smaller amount is part of any larger one.  Of examples with the same id (of
+    one recording) all are taken, and the hours are those of the first.
     """
     usable = np.flatnonzero(lengths).tolist()
     order = np.array(sorted(usable, key=lambda i: hashlib.sha256(str(ids[i]).encode()).hexdigest()), dtype=int)
     taken = order[:count]
     if hours is not None:
-        taken = taken[np.cumsum(lengths[taken]) <= hours * 3600 * FRAME_RATE]
+        names = [ids[i] for i in taken]
+        fresh = np.array([k == 0 or names[k] != names[k - 1] for k in range(len(names))], bool)
+        taken = taken[np.cumsum(lengths[taken] * fresh) <= hours * 3600 * FRAME_RATE]
     out = np.zeros_like(lengths)
     out[taken] = lengths[taken]
     return out
@@ -217,7 +220,7 @@ def whole(lab: Lab, task: str, split: str) -> tuple[Any, tuple[Any, ...]]:
         source = recipes.task_source(job, split, seed, None if task == "tts" else job.frozen, lips)
     if isinstance(source, data.Tokens):
         return source, tuple(source.shards.record(i)["id"] for i in range(len(source.lengths)))
-    return source, tuple(range(len(source.lengths)))  # prepared examples have numbers only
+    return source, tuple(item["id"] for item in source.store.items)
 
 
 def sources(lab: Lab, arm: Arm, split: str) -> dict[str, Any]:
@@ -283,20 +286,12 @@ class Pairs:
 
 
 def pairs(lab: Lab, split: str) -> Pairs:
-    """The examples of enhancement with the acoustic codes of their recordings.
-
-    Examples do not tell their recordings, but the order in which they were prepared does; tokens are compared.
-    """
-    count = lab.passes("se") if split == "train" else 1
-    job, frozen = lab.job("se", passes=lab.passes("se")), lab.job("se").frozen
-    made = recipes.task_source(job, split, 0 if split == "train" else 1, frozen, None)
-    raw = recipes.task_source(lab.job("se"), split, 0, frozen, None)
-    order = [i for e in range(count) for (items,) in data.plan(raw.lengths, 4000, 1, seed=0, epoch=e) for i in items]
-    if len(order) != len(made.store) or frozen.semantic is None:
-        raise MetisError("some recordings could not be prepared for enhancement; examples cannot be told apart")
-    shards = lab.job("stage2_full").tokens(split)
+    """The examples of enhancement with the acoustic codes of their recordings."""
+    made, _ = whole(lab, "se", split)
+    codec, shards = lab.job("se").frozen.semantic, lab.job("stage2_full").tokens(split)
+    assert codec is not None
     known = {shards.record(i)["id"]: i for i in range(len(shards))}
-    return Pairs(made.store, shards, [known.get(raw.pool.ids[i], -1) for i in order], frozen.semantic)
+    return Pairs(made.store, shards, [known.get(item["id"], -1) for item in made.store.items], codec)
 
 
 # ---------------------------------------------------------------- training

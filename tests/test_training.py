@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -985,6 +986,36 @@ def test_shipped_parts_are_taken_where_the_sizes_fit(small_queue, tmp_path, monk
     (grown / "lips" / "mark").touch()
     queue.bring_shipped(found, grown)
     assert (home / "lips" / "mark").is_file()
+
+
+def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_path, monkeypatch):
+    """What is left is left by a budget, then everything is trained, shipped where it is told, and judged."""
+    from recipes.nano import build
+
+    path, manifest = small_queue
+    home = queue.metis_home() / "corpora" / "little"
+    shutil.copytree(manifest.parent, home)
+    (home / "ALL_READY").touch()
+    monkeypatch.setattr(build.queue, "run_next", partial(queue.run_next, manifest=manifest))
+    assert build.build(path, budget="0.5s", judge=False)["left"] == 2
+    done = build.build(path, target=tmp_path / "weights", judge=False)
+    assert done["left"] == 0 and {"ssl", "semantic_codec", "tasks/se", "stage1"} <= set(done["sizes"])
+    assert (tmp_path / "weights/tasks/se/model.safetensors").is_file() and not list(tmp_path.rglob("*.part"))
+    monkeypatch.setattr(build, "LIMIT", 1000)
+    with pytest.raises(MetisError, match="at most 0 MB"):
+        build.ship(queue.home(queue.read(path)), tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.evaluation
+def test_results_of_several_test_sets_are_one_document(tmp_path):
+    from recipes.nano import build
+
+    sets = {"human": ("codec",)}
+    found = build.results(tmp_path / "out", model="debug", limit=1, sets=sets, runs=tmp_path / "runs", say=print)
+    assert set(found["human"]["codec"]) == {"recording", "resynthesis", "stage2"}
+    assert json.loads((tmp_path / "out/summary.json").read_text()) == found
+    assert json.loads((tmp_path / "out/run.json").read_text())["human"]["checkpoint"] == "debug"
 
 
 def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):

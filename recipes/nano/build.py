@@ -60,10 +60,11 @@ def ship(source: Path, target: Path = SHIPPED / "nano") -> dict[str, int]:
 
 def results(
     out: Path = record.ROOT / "results" / "nano", *, model: str = "nano", limit: int | None = None,
-    sets: dict[str, tuple[str, ...]] | None = None, say: Say = print, **options: Any,
+    sets: dict[str, tuple[str, ...]] | None = None, runs: Path = record.ROOT / "results" / "evaluation",
+    say: Say = print, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate every task on every test set: ``summary.json`` and ``run.json`` in ``out``; a page of each set beside
-    the audio in ``results/evaluation``.
+    the audio in ``runs``.
 
     Returns:
         ``{test set: {task: {system: {metric: score}}}}``.
@@ -73,7 +74,7 @@ def results(
         if name != "human" and not (metis_home() / "testsets" / name / "manifest.jsonl").is_file():
             say(f"making the test set {name}")
             testsets.build_synthetic(name)
-        folder = record.ROOT / "results" / "evaluation" / f"{Path(model).name}-{name}"
+        folder = runs / f"{Path(model).name}-{name}"
         say(f"{name}: {', '.join(tasks)}")
         found = runner.evaluate(tasks, None, name, folder, checkpoint=model, limit=limit, **options)
         summaries[name] = found
@@ -84,19 +85,22 @@ def results(
 
 
 def build(
-    path: Path = QUEUE, *, budget: str | None = None, hours: float = 20.0, workers: int = 2, say: Say = print
-) -> dict[str, Any]:
+    path: Path = QUEUE, *, budget: str | None = None, hours: float = 20.0, workers: int = 2,
+    target: Path = SHIPPED / "nano", judge: bool = True, say: Say = print,
+) -> dict[str, Any]:  # fmt: skip
     """Corpus, trainings, weights, scores; what is done is not done again.
 
     Args:
         budget: time for the trainings; where it ends before they do, the rest is left for the next call.
         hours: synthetic speech of the corpus.
+        target: where the weights go.
+        judge: evaluate them too.
 
     Returns:
         ``left`` (pieces not trained yet), ``sizes`` of the parts and ``summary`` once nothing is left.
     """
     began = time.monotonic()
-    if not (metis_home() / "corpora" / "nano" / "ALL_READY").is_file():
+    if not (metis_home() / "corpora" / queue.read(path)["system"] / "ALL_READY").is_file():
         corpus.prepare_nano(hours_synthetic=hours, workers=workers, say=say)
     while (number := queue.next_piece(queue.read(path))) is not None:
         left = None if budget is None else seconds_of(budget) - (time.monotonic() - began)
@@ -104,8 +108,8 @@ def build(
             return {"left": sum(entry.get("state") != "done" for entry in queue.read(path)["pieces"])}
         done = queue.run_next(path, budget=None if left is None else f"{left:.0f}s", say=say)
         say(f"piece {number}: {done['model']}, {done['steps']} steps, {done['score']}")
-    sizes = ship(queue.home(queue.read(path)))
-    return {"left": 0, "sizes": sizes, "summary": results(say=say)}
+    sizes = ship(queue.home(queue.read(path)), target)
+    return {"left": 0, "sizes": sizes} | ({"summary": results(say=say)} if judge else {})
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def distributions(rows: Sequence[dict[str, Any]], summary: TaskSummary, protocol
     shown, systems = [metric for metric in protocols if metric != "wer_corpus"], list(summary)
     frame = pandas.DataFrame(rows).reindex(columns=["system", *shown]).melt(["system"], shown, "metric")
     height = 0.3 * len(systems) + 0.9
+    plt.close(plt.figure())  # a kernel's first figure switches the plots on, which the end of the context would undo
     with plt.rc_context({"figure.constrained_layout.use": False}):  # the grid has a layout of its own
         grid = seaborn.catplot(
             frame.astype({"value": float}), kind="strip", x="value", y="system", order=systems, hue="system",

@@ -206,7 +206,7 @@ def run_rows(run: paper.Run, task: str, testset: str | Path | None = None) -> li
 def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | Path, limit: int | None) -> Path:
     """Write ``<out>/index.html``: per task the table, the plots and every item's players and transcripts.
 
-    The page holds its audio (Ogg Vorbis) and its plots: one file, no network.  Its layout is ``page.html``.
+    The page holds its audio (Opus) and its plots: one file, no network.  Its layout is ``page.html``.
     """
     notebook.style()
     out = Path(out)

@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo results test lab lint format
+.PHONY: setup demo results test lab lint format browser-check
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -26,6 +26,10 @@ results: setup
 
 test: setup
 	@$(BIN)/python -m pytest -q
+
+browser-check: setup
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[browser]'
+	@$(BIN)/python -m pytest -q -m browser
 
 %-check: setup
 	@$(BIN)/python -m pytest -q -m '$(subst -,_,$*)'

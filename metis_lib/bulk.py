@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from metis_lib.assets import sha256_file
 from metis_lib.audio import FORMATS
 from metis_lib.errors import MetisError
-from metis_lib.generation import Options
 from metis_lib.pipeline import SOURCES, Job, Metis
 
 SOUNDS = (*FORMATS, ".mp3", ".opus", ".m4a", ".aiff", ".aif")
@@ -22,6 +23,11 @@ FILMS = (".npz", ".mp4", ".mov", ".mkv", ".avi", ".webm")
 PLACES = ("source", "prompt", "video", "like")
 """Fields of an item that name a file."""
 LOG = "generated.jsonl"
+
+Named = list[tuple[str, str, Job]]
+"""Jobs with their ids and keys."""
+Refused = list[tuple[str, str, Exception]]
+"""Ids and keys of items that cannot be used, and why."""
 
 
 def is_bulk(task: str, path: Path) -> bool:
@@ -127,7 +133,8 @@ def generate_all(
     """Do a task for all items; the speech of each lies at ``<out>/<id><suffix>``, a line about it in generated.jsonl.
 
     What was made by the same of everything is kept unless ``fresh``.  An item that cannot be used, or fails, is
-    reported and the rest is done.
+    reported and the rest is done.  While the models work on some items, the next ones are read and prepared in a
+    thread of its own, and the last ones decoded and written in another (``measure`` and ``progress`` too).
 
     Args:
         options: of :meth:`Metis.generate`.
@@ -140,15 +147,41 @@ def generate_all(
     """
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
-    log, failed, waiting, done = out / LOG, dict[str, str](), list[tuple[str, str, Job]](), 0
+    log, failed, finished = out / LOG, dict[str, str](), 0
     if fresh:
         log.unlink(missing_ok=True)
-    known, total = read_log(out), len(items)
+    known, total, kept, done = read_log(out), len(items), 0, 0
     if log.is_file() and not log.read_bytes().endswith(b"\n"):  # a line was cut off
         with open(log, "a", encoding="utf-8") as file:
             file.write("\n")
     model = {**(about or {}), "options": options}
-    finished = 0
+    settings = metis.options(task, items[0], **options)
+    stop, waiting = threading.Event(), deque[Future[None]]()
+
+    def prepare() -> Iterator[tuple[int, Refused, Named]]:
+        """Items by the group: how many are kept, those that cannot be used, and the jobs of the rest."""
+        same, refused, jobs, frames = 0, Refused(), Named(), 0
+        for item in items:
+            if stop.is_set():
+                return
+            name, rest = item["id"], {"seed": seed} | {k: v for k, v in item.items() if k != "id"}
+            key, before = _key(task, rest, model), known.get(name, {})
+            path = out / f"{name}{suffix}"
+            if before.get("key") == key and path.is_file() and sha256_file(path) == before.get("sha256"):
+                same += 1
+                continue
+            metis.load_all(task)  # here alone: while a part is loaded, no model may be at work
+            try:
+                job = metis.job(task, rest, settings)
+            except MetisError as error:
+                refused.append((name, key, error))
+                continue
+            jobs.append((name, key, job))
+            frames += sum(request.size for request in job.requests)
+            if frames >= 4 * settings.batch_frames or job.windows is not None:  # some batches of like length
+                yield same, refused, jobs
+                same, refused, jobs, frames = 0, Refused(), Named(), 0
+        yield same, refused, jobs
 
     def note(item: str, entry: dict[str, Any]) -> None:
         nonlocal finished
@@ -158,46 +191,59 @@ def generate_all(
         finished += 1
         progress(finished, total, item)
 
-    def work(jobs: Sequence[tuple[str, str, Job]], settings: Options) -> int:
-        """Run some jobs, one by one if that fails together."""
+    def report(same: int, refused: Refused) -> None:
+        nonlocal kept, finished
+        kept, finished = kept + same, finished + same
+        for item, key, error in refused:
+            note(item, {"key": key, "error": " ".join(str(error).split())})
+
+    def write(jobs: Named, took: float) -> None:
+        nonlocal done
         began = time.perf_counter()
-        try:
-            metis.run([job for *_, job in jobs], settings)
-        except (MetisError, RuntimeError) as error:
-            if len(jobs) == 1:
-                note(jobs[0][0], {"key": jobs[0][1], "error": " ".join(str(error).split())})
-                return 0
-            for *_, job in jobs:
-                job.made.clear()
-            return sum(work([one], settings) for one in jobs)
         spoken = [metis._finish(job)[0] for *_, job in jobs]
-        share = (time.perf_counter() - began) / max(sum(speech.seconds for speech in spoken), 1e-9)
+        share = (took + time.perf_counter() - began) / max(sum(speech.seconds for speech in spoken), 1e-9)
         for (item, key, job), speech in zip(jobs, spoken, strict=True):
             path = speech.save(out / f"{item}{suffix}")
             entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
             entry |= {"seconds": round(speech.seconds, 4), "seconds_to_make": round(share * speech.seconds, 3)}
             measured = {"measured": found} if (found := measure(item, job)) else {}
             note(item, entry | measured | speech.info)
-        return len(jobs)
+            done += 1
 
-    kept = 0
-    settings = metis.options(task, items[0], **options)
-    for item in items:
-        name, rest = item["id"], {"seed": seed} | {k: v for k, v in item.items() if k != "id"}
-        key, before = _key(task, rest, model), known.get(name, {})
-        path = out / f"{name}{suffix}"
-        if before.get("key") == key and path.is_file() and sha256_file(path) == before.get("sha256"):
-            kept, finished = kept + 1, finished + 1
-            continue
+    def work(jobs: Named) -> None:
+        """Run some jobs, one by one if that fails together, and hand on what was made."""
+        began = time.perf_counter()
         try:
-            job = metis.job(task, rest, settings)
-        except MetisError as error:
-            note(name, {"key": key, "error": str(error)})
-            continue
-        waiting.append((name, key, job))
-        frames = sum(request.size for *_, job in waiting for request in job.requests)
-        if frames >= 4 * settings.batch_frames or job.windows is not None:  # enough for some batches of like length
-            done += work(waiting, settings)
-            waiting = []
-    done += work(waiting, settings) if waiting else 0
+            metis.run([job for *_, job in jobs], settings)
+        except (MetisError, RuntimeError) as error:
+            if len(jobs) == 1:
+                hand_on(report, 0, [(*jobs[0][:2], error)])
+                return
+            for *_, job in jobs:
+                job.made.clear()
+            for one in jobs:
+                work([one])
+            return
+        hand_on(write, jobs, time.perf_counter() - began)
+
+    def hand_on(what: Callable[..., None], *about: Any) -> None:
+        """To the writer, who does one thing after the other; one may wait."""
+        while len(waiting) > 1:
+            waiting.popleft().result()
+        waiting.append(writer.submit(what, *about))
+
+    # One thread reads and prepares the next group, this one runs the models, one decodes and writes the last group.
+    with ThreadPoolExecutor(1, "metis-reader") as reader, ThreadPoolExecutor(1, "metis-writer") as writer:
+        try:
+            groups = prepare()
+            ahead = reader.submit(next, groups, None)
+            while (group := ahead.result()) is not None:
+                ahead = reader.submit(next, groups, None)
+                hand_on(report, *group[:2])
+                if group[2]:
+                    work(group[2])
+            for written in waiting:
+                written.result()
+        finally:  # interrupted or failed: what was made is still written, nothing more is read
+            stop.set()
     return {"done": done, "kept": kept, "failed": failed}

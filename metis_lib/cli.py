@@ -89,6 +89,8 @@ class Generate(Command):
     """Of the transformers' weights."""
     compat: Literal["released"] | None = None
     """The wiring of the released code."""
+    compile: bool = False
+    """Compile the passes of stage 1 and 2; pays for many inputs on a GPU."""
     batch_frames: int | None = None
     """Padded frames (50 a second) that are worked on together."""
     format: Literal["flac", "wav", "ogg"] = "flac"
@@ -121,7 +123,7 @@ class Generate(Command):
         published = None if own_system(self.model) else self.TASK
         return Metis.from_pretrained(
             self.model, task=published, variant=self.variant, revision=self.revision, device=self.device,
-            dtype=self.dtype, compat=self.compat,
+            dtype=self.dtype, compat=self.compat, compile=self.compile,
         )  # fmt: skip
 
     def run(self) -> Answer:
@@ -164,6 +166,7 @@ class Generate(Command):
             raise MetisError(f"{self.output} is a file; of many inputs the output is a folder")
         metis, began = self._metis(), time.monotonic()
         about = {"model": self.model, "dtype": self.dtype, "compat": self.compat, "variant": self.variant}
+        about |= {"compile": "yes"} if self.compile else {}
         if own := checkpoint_hashes(self.model).get("checkpoint_sha256"):
             about["checkpoint"] = own
         about["code"] = code_hash("pipeline.py", "generation.py", "models", "tokenizers", "tasks")
@@ -777,7 +780,7 @@ class BenchGenerate(Command):
     preset: Literal["debug", "nano", "paper"] = "paper"
     """Sizes; the weights are random."""
     tasks: tuple[str, ...] = ("tts", "se")
-    """Among tts, vc, tse, se."""
+    """Among tts, vc, tse, se; also as one word, tts,se."""
     seconds: float = 5.0
     """Of speech to make."""
     prompt: float = 5.0
@@ -790,20 +793,61 @@ class BenchGenerate(Command):
     """Utterances together, for the gain of batches."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    compile: bool = False
+    """Measure compiled passes too."""
     out: Path | None = None
     """Folder for generate-PRESET.json and its plot."""
 
     def run(self) -> Answer:
         from metis_lib.speed import bench_generate, keep
 
-        options = {key: value for key, value in vars(self).items() if key not in ("preset", "json", "out")}
-        found = bench_generate(self.preset, say=_say, **options)
+        left_out = ("preset", "tasks", "json", "out")
+        options = {key: value for key, value in vars(self).items() if key not in left_out}
+        tasks = [task for word in self.tasks for task in word.split(",") if task]
+        found = bench_generate(self.preset, tasks, say=_say, **options)
         if self.out:
-            keep(found, self.out)
-        lines = [
-            f"{task}: " + ", ".join(f"{key} {value}" for key, value in values.items() if key != "parts")
-            for task, values in found["tasks"].items()
-        ]
+            keep(found, self.out, f"generate-{self.preset}")
+        figures = {
+            task: {key: value for key, value in values.items() if not isinstance(value, dict)}
+            for task, values in found.items()
+        }
+        lines = [f"{task}: {', '.join(f'{k} {v}' for k, v in values.items())}" for task, values in figures.items()]
+        return Answer("\n".join(lines), found)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchTokenise(Command):
+    """Measure how fast recordings become tokens, against the released order of operations in the same run."""
+
+    preset: Literal["debug", "nano", "paper"] = "paper"
+    """Sizes; the weights are random."""
+    seconds: float = 5.0
+    """Of each recording."""
+    batch: int = 8
+    """Recordings."""
+    dtype: Literal["float32", "bfloat16", "both"] = "both"
+    """Of the weights."""
+    repeats: int = 3
+    """Runs of each variant, in turns; the median counts."""
+    no_acoustic: bool = False
+    """SSL tokens alone."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: Path | None = None
+    """Folder for tokenise-PRESET.json and its plot."""
+
+    def run(self) -> Answer:
+        from metis_lib.speed import bench_tokenise, keep
+
+        found = bench_tokenise(
+            self.preset, seconds=self.seconds, batch=self.batch, repeats=self.repeats, device=self.device,
+            dtypes=("float32", "bfloat16") if self.dtype == "both" else (self.dtype,), acoustic=not self.no_acoustic,
+            say=_say,
+        )  # fmt: skip
+        if self.out:
+            keep({"tokenise": found}, self.out, f"tokenise-{self.preset}")
+        keys = ("ratio", "ssl_ratio", "times_real_time", "matmul_share")
+        lines = [f"{name}: {', '.join(f'{key} {found[key][name]}' for key in keys)}" for name in found["parts"]]
         return Answer("\n".join(lines), found)
 
 
@@ -1125,8 +1169,9 @@ def _app() -> tyro.extras.SubcommandApp:
     app.command(train, name="train", help="Train a part, fine-tune a task, work on the queue of nano.")
     bench.command(BenchTrain, name="train")
     bench.command(BenchGenerate, name="generate")
+    bench.command(BenchTokenise, name="tokenise")
     bench.command(BenchEvaluate, name="evaluate")
-    app.command(bench, name="bench", help="Measure speed: train, generate, evaluate.")
+    app.command(bench, name="bench", help="Measure speed: train, generate, tokenise, evaluate.")
     app.command(checkpoint, name="checkpoint", help="Look into checkpoints, convert and check released ones.")
     app.command(Doctor, name="doctor")
     app.command(Lab, name="lab")

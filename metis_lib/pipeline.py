@@ -27,7 +27,7 @@ from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder, upsample
 from metis_lib.tokenizers.semantic import SemanticCodec, freeze
-from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames
+from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames, quicken
 from metis_lib.tokenizers.text import PhoneTokenizer, sentences
 
 SHORTEST_PROMPT = 0.5
@@ -125,10 +125,13 @@ class Metis:
     lips: LipEncoder
     phones: PhoneTokenizer
 
-    def __init__(self, store: Store, device: torch.device, *, compat: str | None = None) -> None:
+    def __init__(
+        self, store: Store, device: torch.device, *, compat: str | None = None, compile: bool = False
+    ) -> None:  # fmt: skip
         if compat not in (None, "released"):
             raise MetisError(f"unknown compat {compat!r}; leave it out, or say 'released'")
         self.store, self.name, self.device, self.compat = store, store.name, device, compat
+        self.compile = compile
         self.traces: dict[str, Any] = {}
         self._asked: dict[str, str | None] = {}
         self._task_models: dict[str, Stage1] = {}
@@ -139,7 +142,7 @@ class Metis:
     def from_pretrained(
         cls, name: str | Path = "nano", *, task: str | Sequence[str] | None = None, variant: str | None = None,
         revision: str | None = None, device: str = "auto", dtype: str | torch.dtype = "float32",
-        compat: str | None = None, local_files_only: bool = False,
+        compat: str | None = None, compile: bool = False, local_files_only: bool = False,
     ) -> Metis:  # fmt: skip
         """Load a system.
 
@@ -153,6 +156,7 @@ class Metis:
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
             dtype: ``float32`` or ``bfloat16`` (transformers only; codecs stay in fp32).
             compat: ``released`` for the wiring of the released code.
+            compile: compile the passes of stage 1 and 2 at their first use (minutes); on CUDA they become graphs.
             local_files_only: never ask the hub.
 
         Raises:
@@ -168,7 +172,7 @@ class Metis:
             from metis_lib.released import Released
 
             store = Released(name, revision=revision, dtype=kind, local_files_only=local_files_only)
-        self = cls(store, where, compat=compat)
+        self = cls(store, where, compat=compat, compile=compile)
         if task is not None:
             for one in [task] if isinstance(task, str) else task:
                 self.load_task(one, variant)
@@ -188,6 +192,13 @@ class Metis:
         for part in (*NEEDS.get(task, ("ssl", "semantic", "acoustic")), "stage2_layer1", "stage2_full"):
             getattr(self, part)
 
+    def load_all(self, task: str) -> None:
+        """Load what a task needs, as :meth:`load_task` does, if it is not there yet."""
+        for part in (*NEEDS.get(task, ("ssl", "semantic", "acoustic")), "stage2_layer1", "stage2_full"):
+            getattr(self, part)
+        if (model := self._model_for(task)) not in self._task_models:
+            self.task_model(model)
+
     @property
     def tasks(self) -> tuple[str, ...]:
         """The tasks that this system has weights for."""
@@ -200,9 +211,7 @@ class Metis:
         elif name == "acoustic_decoder" and "acoustic" in self.__dict__:
             return self.acoustic
         elif name in PARTS or name == "acoustic_decoder":
-            part = freeze(self.store.part(name).to(self.device))
-            if isinstance(part, (Stage1, Stage2)):
-                part.diff_estimator.fuse()
+            part = self._ready(freeze(self.store.part(name).to(self.device)))
             setattr(self, name, part)
             if name == "acoustic":
                 self.acoustic_decoder = self.acoustic
@@ -216,9 +225,15 @@ class Metis:
         Of a large stage 1 (the published one) there is one copy, which the LoRA weights of the tasks take turns in: a
         model got earlier then refuses to run until it is asked for again.
         """
+        model = self._held(name)
+        self._take_turn(name)
+        return model
+
+    def _held(self, name: str) -> Stage1:
+        """A task's model for what LoRA leaves alone: nobody loses a turn, so that a thread may prepare while another
+        generates."""
         if name not in self._task_models:
             self._task_models[name] = self._build(name)
-        self._take_turn(name)
         return self._task_models[name]
 
     def _build(self, name: str) -> Stage1:
@@ -241,9 +256,16 @@ class Metis:
             else:
                 model._lora = lora  # type: ignore[assignment]
                 model.diff_estimator.layers[0].register_forward_pre_hook(self._guard(name))
-        model = model.to(self.device).eval().requires_grad_(False)
-        model.diff_estimator.fuse()
-        return model
+        return self._ready(model.to(self.device).eval().requires_grad_(False))
+
+    def _ready(self, part: Any) -> Any:
+        """A part prepared for inference."""
+        quicken(part)
+        if isinstance(part, (Stage1, Stage2)):
+            part.diff_estimator.fuse()
+            if self.compile:
+                part.diff_estimator.compile_passes()
+        return part
 
     def _guard(self, name: str) -> Callable[..., None]:
         def check(*_: Any) -> None:
@@ -543,7 +565,7 @@ class Metis:
         """Phones of prompt and text, and stretched over the frames: evenly over the prompt, as the model times them
         over the rest."""
         both = torch.cat([said, wanted])
-        weights = self.task_model(model).times_of(both)[len(said) :]
+        weights = self._held(model).times_of(both)[len(said) :]
         return {"phones": both, "hint": torch.cat([stretch(said[None], start)[0], spread(wanted, weights, frames)])}
 
     def _tts(
@@ -562,7 +584,7 @@ class Metis:
                 return int(seconds * FRAME_RATE) if self.compat else round(seconds * FRAME_RATE)
             if self.compat or self.phones.size > 512:  # the released table
                 return byte_rule(start, prompt_text, words)
-            times = self.task_model(info["by"]).times_of(torch.cat([said, phones]))
+            times = self._held(info["by"]).times_of(torch.cat([said, phones]))
             return target_frames(start, float(times[: len(said)].sum()), float(times[len(said) :].sum()))
 
         parts = [(text, wanted)]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -14,7 +15,9 @@ import pytest
 import torch
 
 from metis_lib import audio, bulk, cli
+from metis_lib.audio import Speech
 from metis_lib.errors import MetisError
+from metis_lib.pipeline import Metis
 
 pytestmark = pytest.mark.paper
 
@@ -143,6 +146,89 @@ def test_goes_on_after_a_kill(sounds, tmp_path):
     assert len(list(out.rglob("*.flac"))) == 44 and not list(out.rglob("*.part"))
     same = [name for name, at in before.items() if (out / name).stat().st_mtime_ns == at]
     assert len(same) >= len([name for name in noted if "/" not in name])
+
+
+@pytest.fixture
+def eight(tmp_path):
+    """Eight items, each a group of its own (one frame a batch); the sixth cannot be used and goes with the next."""
+    torch.manual_seed(0)
+    for i in range(8):
+        audio.write(tmp_path / f"{i}.wav", 0.1 * torch.randn(9_000 + 300 * (i * 5 % 8)), 24_000)
+    (tmp_path / "5.wav").write_bytes(b"RIFFnothing")
+    items = [{"id": str(i), "source": str(tmp_path / f"{i}.wav")} for i in range(8)]
+    return items, {"options": {"steps": 2, "stage2_steps": (2, 1), "batch_frames": 1}}
+
+
+def test_reading_and_writing_go_on_while_the_models_work(eight, tmp_path, monkeypatch):
+    """The models wait until the next item is prepared, and the last one at most until the next one is at work."""
+    items, options = eight
+    prepared, at_work = ({item["id"]: threading.Event() for item in items} for _ in range(2))
+    threads, order = {"run": set(), "job": set(), "save": set()}, []
+    job, run, save = Metis.job, Metis.run, Speech.save
+
+    def noted_job(self, task, item, settings):
+        threads["job"].add(threading.get_ident())
+        try:
+            return job(self, task, item, settings)
+        finally:
+            prepared[item["source"][-5]].set()
+
+    def noted_run(self, jobs, settings, **more):
+        threads["run"].add(threading.get_ident())
+        order.append(str(len(order) + (len(order) > 4)))
+        at_work[order[-1]].set()
+        after = str(int(order[-1]) + 1)
+        assert after not in prepared or prepared[after].wait(60), "the next item is read only when this one is done"
+        return run(self, jobs, settings, **more)
+
+    def noted_save(self, path, *args):
+        threads["save"].add(threading.get_ident())
+        after = {"4": "6"}.get(path.stem, str(int(path.stem) + 1))
+        assert after not in at_work or at_work[after].wait(60), "the models wait until this one is written"
+        return save(self, path, *args)
+
+    for name, call in {"job": noted_job, "run": noted_run}.items():
+        monkeypatch.setattr(Metis, name, call)
+    monkeypatch.setattr(Speech, "save", noted_save)
+    found = bulk.generate_all(Metis.from_pretrained("debug"), "se", items, tmp_path / "out", **options)
+    assert (found["done"], list(found["failed"])) == (7, ["5"]) and "5.wav" in found["failed"]["5"]
+    assert [line["id"] for line in lines(tmp_path / "out")] == [str(i) for i in range(8)]
+    assert all(len(of) == 1 for of in threads.values()) and len(set.union(*threads.values())) == 3
+
+
+def test_overlap_changes_nothing(eight, tmp_path):
+    items, options = eight
+    metis, good = Metis.from_pretrained("debug"), [item for item in items if item["id"] != "5"]
+    bulk.generate_all(metis, "se", items, tmp_path / "out", **options)
+    for i, item in enumerate(good):
+        alone = metis.generate("se", [{"source": item["source"]}], **options["options"])[0]
+        got = audio.read(tmp_path / "out" / f"{item['id']}.flac", 24_000)
+        torch.testing.assert_close(got, alone.wav, atol=2**-15, rtol=0, msg=f"{i}: another item's speech")
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt(), ValueError("a mistake of ours")])
+@pytest.mark.parametrize("where", ["job", "run", "save"])
+def test_whatever_ends_it_keeps_what_was_made(eight, tmp_path, monkeypatch, where, error):
+    """The error comes out, what was made before is written and noted, no thread is left, and it can go on."""
+    items, options = eight
+    kind, calls = Speech if where == "save" else Metis, []
+    original = getattr(kind, where)
+
+    def fails(*args, **more):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error
+        return original(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, where, fails)
+        with pytest.raises(type(error)):
+            bulk.generate_all(Metis.from_pretrained("debug"), "se", items, tmp_path / "out", **options)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("metis-")]
+    made = [line["id"] for line in lines(tmp_path / "out")]
+    assert made[:3] == ["0", "1", "2"] and len(calls) < 7 + (where == "job")
+    found = bulk.generate_all(Metis.from_pretrained("debug"), "se", items, tmp_path / "out", **options)
+    assert found["kept"] == len([id for id in made if id != "5"]) and found["kept"] + found["done"] == 7
 
 
 def lines_safe(out):

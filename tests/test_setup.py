@@ -33,8 +33,12 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", name)[0]).lower()
 
 
+APART = {"browser"}
+"""Extras that ``all`` does not bring: too large for what few need."""
+
+
 def requirements() -> set[str]:
-    extras = PROJECT["optional-dependencies"]
+    extras = {name: found for name, found in PROJECT["optional-dependencies"].items() if name not in APART}
     lists = [PROJECT["dependencies"], *extras.values()]
     return {canonical(entry) for entries in lists for entry in entries} - {canonical(PROJECT["name"])}
 
@@ -80,7 +84,8 @@ def test_environment_yml_holds_python_pip_and_this_package_under_the_constraints
 def test_extra_all_holds_every_extra():
     extras = PROJECT["optional-dependencies"]
     named = re.fullmatch(rf"{PROJECT['name']}\[(.*)\]", extras["all"][0])[1].split(",")
-    assert sorted(named) == sorted(set(extras) - {"all"})
+    assert sorted(named) == sorted(set(extras) - {"all"} - APART)
+    assert all(canonical(entry) in map(canonical, PINS) for name in APART for entry in extras[name])
 
 
 def test_every_dependency_is_pinned_to_what_is_installed():

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metis_lib import cli
 from metis_lib.config import DecodeSettings, preset
+from metis_lib.models import masked
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
-from metis_lib.speed import as_released
+from metis_lib.speed import as_released, count_flops
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.semantic import WNConv1d, freeze
-from metis_lib.tokenizers.ssl import SSLEncoder
+from metis_lib.tokenizers.ssl import Linear, SSLEncoder, product, quicken
 
 SURE = {"top_k": 1, "choice_temperature": 0.0}
 """Nothing is left to chance, so that two orders of draws can be compared."""
@@ -117,23 +124,163 @@ def test_frozen_weights_are_computed_once_and_are_the_same():
         assert torch.equal(freeze(codec).encode(wav), codes)
 
 
-def test_bench_of_generation(capsys):
-    command = [
-        "bench",
-        "generate",
-        "--preset=debug",
-        "--tasks",
-        "tts",
-        "se",
-        "--seconds=1",
-        "--repeats=1",
-        "--device=cpu",
-    ]
-    assert cli.main([*command, "--json"]) == 0
+def test_products_are_the_same_and_learn_as_before():
+    torch.manual_seed(0)
+    x, net = torch.randn(3, 50, 64), quicken(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 8)))
+    assert all(type(part) is Linear for part in net)
+    wanted = F.linear(F.linear(x.double(), net[0].weight.double(), net[0].bias.double()), net[1].weight.double())
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), (wanted + net[1].bias.double()).float())
+        assert torch.equal(net(x)[1], net(x[1]))  # alone as in a batch
+        assert torch.equal(product(x.double(), wanted.new_ones(5, 64)), F.linear(x.double(), wanted.new_ones(5, 64)))
+        assert product(x[:0], net[0].weight).shape == (0, 50, 96)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x).dtype == torch.bfloat16  # as in the validation of a training
+    net(x).sum().backward()
+    assert net[0].weight.grad.abs().sum() > 0
+
+
+def test_operations_are_counted_whoever_does_them():
+    x, w = torch.randn(2, 7, 16), torch.randn(5, 16)
+    q = torch.randn(2, 3, 7, 4)
+    with torch.no_grad(), count_flops() as counter:
+        product(x, w)
+        F.linear(x.double(), w.double())
+        F.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * (2 * 14 * 16 * 5) + 2 * (2 * 6 * 7 * 7 * 4)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: a number read off a tensor, a size that depends on one, a copy."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select")), name
+        return func(*args, **(kwargs or {}))
+
+
+def decoding(stack, between=lambda logits: None):
+    """A decoding of which all but the first logits are made where nothing can be read off a tensor."""
+    calls, lengths = [], torch.tensor([20, 13])
+
+    def predict(tokens, is_masked, step, rows):
+        if not calls:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            stack.enter_context(NoWaiting())
+        calls.append(step)
+        logits = torch.randn(*rows.shape, 30)
+        between(logits)
+        return logits
+
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    masked.decode(predict, lengths, DecodeSettings(steps=6), generator=generators)
+    return calls
+
+
+@pytest.mark.parametrize("read", [torch.Tensor.tolist, lambda x: bool(x.any()), lambda x: torch.tensor([3])])
+def test_nothing_waits_for_the_device_while_it_decodes(read):
+    with ExitStack() as stack:
+        assert decoding(stack) == list(range(6))
+    with ExitStack() as stack, pytest.raises((AssertionError, DataDependentOutputException, RuntimeError)):
+        decoding(stack, read)  # the check sees it
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_nothing_waits_for_the_gpu_while_it_decodes():
+    def predict(tokens, is_masked, step, rows):
+        torch.cuda.set_sync_debug_mode("error")
+        return torch.randn(*rows.shape, 30, device="cuda")
+
+    try:
+        masked.decode(predict, torch.tensor([20, 13], device="cuda"), DecodeSettings(steps=6))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def spoken(model, batch, prompt, frames, cfg):
+    """What a model says of random input, utterances of different lengths."""
+    noise = torch.Generator().manual_seed(batch + prompt + frames)
+    lengths = torch.tensor([frames - 3 * i for i in range(batch)])
+    return model.generate(
+        torch.randint(0, 48, (batch, prompt), generator=noise),
+        lengths,
+        prompt_lengths=torch.tensor([prompt - (prompt > 0) * i for i in range(batch)]),
+        settings=DecodeSettings(steps=5, cfg=cfg),
+        generator=[torch.Generator().manual_seed(i) for i in range(batch)],
+        return_iterations=True,
+    )
+
+
+def test_passes_in_buckets_say_the_same(monkeypatch):
+    """What is compiled is always given rows by the bucket; here nothing is compiled, only padded."""
+    shapes = set()
+
+    def plain(call, **_):
+        def noted(x, scales, plan, keep):
+            shapes.add((x.shape[1] % 64, plan[1].shape[-1] - x.shape[1], 0 if keep is None else keep.shape[1] % 64))
+            return call(x, scales, plan, keep)
+
+        return noted
+
+    monkeypatch.setattr(torch, "compile", plain)
+    cases = [(1, 7, 40, 2.0), (1, 0, 64, 0.0), (3, 7, 70, 2.0), (2, 9, 133, 0.0)]
+    model = lively(Stage1(preset("debug").stage1))
+    model.diff_estimator.fuse()
+    wanted = [spoken(model, *case) for case in cases]
+    model.diff_estimator.compile_passes()
+    for case, trace in zip(cases, wanted, strict=True):
+        got = spoken(model, *case)
+        assert torch.equal(got.sequences, trace.sequences) and torch.equal(got.masks, trace.masks), case
+    assert shapes == {(0, 0, 0)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler here")
+def test_compiled_passes_say_the_same():
+    model = lively(Stage1(replace(preset("debug").stage1, num_layers=1)))
+    model.diff_estimator.fuse()
+    cases = [(2, 7, 40, 0.0), (2, 7, 100, 0.0)]
+    wanted = [spoken(model, *case) for case in cases]
+    model.diff_estimator.compile_passes()
+    for case, trace in zip(cases, wanted, strict=True):
+        assert torch.equal(spoken(model, *case).sequences, trace.sequences), case
+
+
+def test_bench_of_generation(capsys, tmp_path):
+    command = ["bench", "generate", "--preset=debug", "--seconds=1", "--repeats=1", "--device=cpu", "--batch=2"]
+    assert cli.main([*command, "--tasks", "tts,se", f"--out={tmp_path}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found["tasks"]) == {"tts", "se"}
-    for task in found["tasks"].values():
+    assert set(found) == {"tts", "se"} and json.loads((tmp_path / "generate-debug.json").read_text()) == found
+    assert (tmp_path / "generate-debug.png").stat().st_size > 1000
+    for task in found.values():
         assert task["step_agreement"] == 1.0 and task["reference_cpu_s"] > 0 and 0 < task["matmul_share"] < 1.5
         assert min(task["bf16_ratio"], task["fp32_ratio"], task["batch_gain"], task["rtf"]) > 0
-        assert set(task["parts"]["released"]) >= {"ssl", "stage1", "stage2_layer1", "stage2_full", "acoustic_decode"}
+        parts = {"ssl", "stage1", "stage2_layer1", "stage2_full", "acoustic_decode"}
+        for key in ("parts", "gflop", "share", "work_mb"):
+            assert set(task[key]) == {"released", "fp32", "bf16"}
+            assert all(set(values) >= parts for values in task[key].values())
+        assert all(n > 0 for values in task["gflop"].values() for n in values.values())
+        assert task["gflop"]["fp32"]["stage1"] == pytest.approx(task["gflop"]["bf16"]["stage1"], rel=0.01)
+        assert task["gflop"]["released"]["ssl"] >= task["gflop"]["fp32"]["ssl"]
+        assert task["weights_mb"]["fp32"] > task["weights_mb"]["bf16"] > 0
     assert cli.main(["bench", "generate", "--preset=debug", "--tasks", "sing"]) == 2
+
+
+def test_bench_of_tokenising(capsys, tmp_path):
+    command = ["bench", "tokenise", "--preset=debug", "--seconds=1", "--batch=2", "--repeats=1", "--device=cpu"]
+    assert cli.main([*command, f"--out={tmp_path}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "tokenise-debug.json").read_text())["tokenise"] == found
+    assert (tmp_path / "tokenise-debug.png").stat().st_size > 1000
+    variants = {"released", *(f"{d} {how}" for d in ("float32", "bfloat16") for how in ("one by one", "batch"))}
+    parts = {"read", "ssl", "semantic_codec", "acoustic_codec"}
+    for key in ("parts", "gflop", "share", "work_mb"):
+        assert set(found[key]) == variants and all(set(values) == parts for values in found[key].values())
+    for key in ("ratio", "ssl_ratio", "times_real_time", "matmul_share", "weights_mb"):
+        assert set(found[key]) == variants and min(found[key].values()) > 0
+    assert found["ratio"]["released"] == 1.0 and found["ssl_difference"] < 1e-4
+    layers = preset("debug").ssl
+    assert layers.output_layer < layers.num_layers
+    assert found["gflop"]["float32 one by one"]["ssl"] < found["gflop"]["released"]["ssl"]
+    assert cli.main([*command, "--seconds=0.1"]) == 2

@@ -49,8 +49,9 @@ def still_masked(step: int, steps: int, lengths: Tensor, schedule: str = "cosine
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Standard Gumbel noise, float32.  Drawn where the generator lives, so CPU seeds hold on any device."""
     source = generator.device if generator is not None else device
-    u = torch.rand(shape, generator=generator, device=source)
-    return -torch.log(-torch.log(u + 1e-10) + 1e-10).to(device)
+    pinned = source.type == "cpu" and device.type == "cuda"  # or the copy would wait for all that the GPU has to do
+    u = torch.rand(shape, generator=generator, device=source, pin_memory=pinned).to(device, non_blocking=pinned)
+    return -torch.log(-torch.log(u + 1e-10) + 1e-10)
 
 
 class Draws:
@@ -171,6 +172,7 @@ def decode(
     whole, draw = settings.released or noise is not None, Draws(generator, device)
     on_host = lengths.cpu()  # how many stay masked is known beforehand: nothing waits for the device
     plan = [still_masked(step, steps, on_host, settings.schedule).tolist() for step in range(steps)]
+    left = torch.tensor(plan, device=device)[..., None]
     masked = exists(lengths, horizon)
     tokens = torch.zeros(masked.shape, dtype=torch.long, device=device)
     place = torch.arange(horizon, device=device).expand(batch, -1)
@@ -207,7 +209,7 @@ def decode(
             break
         order = confidence.masked_fill(~masked, torch.inf).argsort(dim=-1)
         ranks = torch.empty_like(order).scatter_(-1, order, place)
-        masked = ranks < torch.tensor(hidden, device=device)[:, None]
+        masked = ranks < left[step]
         rows = (place + horizon * ~masked).argsort(dim=-1)[:, : max(hidden)]  # the masked ones first, in their order
         masks.append(masked)
         tokens = tokens.masked_fill(masked, 0)

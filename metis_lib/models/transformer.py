@@ -8,12 +8,17 @@ no biases; every RMSNorm is adaptive, its weight a linear function of the time e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from metis_lib.tokenizers.ssl import product
+
+BUCKET = 64
+"""Compiled, a pass works on multiples of so many rows: few shapes, each compiled (on CUDA, recorded) once."""
 
 
 def sinusoidal_embedding(t: Tensor, width: int) -> Tensor:
@@ -107,7 +112,9 @@ def fuse(*layers: nn.Linear) -> Tensor:
 
 def fused(whole: Tensor | None, first: nn.Linear) -> bool:
     """Whether a fused matrix may stand for its layers: they are still its views, and nothing is learned."""
-    return whole is not None and not torch.is_grad_enabled() and whole.data_ptr() == first.weight.data_ptr()
+    if whole is None or torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or whole.data_ptr() == first.weight.data_ptr()
 
 
 class Attention(nn.Module):
@@ -129,7 +136,7 @@ class Attention(nn.Module):
         cos, sin = (table.to(x.dtype) for table in rotary)  # [T, D], or [B, 1, T, D]
         split = (*x.shape[:2], self.heads, -1)
         if fused(self.qkv, self.q_proj):
-            both, v = F.linear(x, self.qkv).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2).split(
+            both, v = product(x, self.qkv).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2).split(
                 [2 * self.heads, self.heads], dim=1
             )  # fmt: skip
             q, k = rotate(both, cos, sin).chunk(2, dim=1)
@@ -153,7 +160,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if fused(self.gate_up, self.gate_proj):
-            gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+            gate, up = product(x, self.gate_up).chunk(2, dim=-1)
             return self.down_proj(F.silu(gate, inplace=True).mul_(up))
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
@@ -195,6 +202,7 @@ class MaskedTransformer(nn.Module):
         super().__init__()
         self.head_dim = width // heads
         self.gradient_checkpointing = False
+        self.compiled: Callable[..., Tensor] | None = None
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(num_layers))
         self.norm = AdaptiveRMSNorm(width)
         self.diff_step_mlp = mlp(width, width)
@@ -231,6 +239,12 @@ class MaskedTransformer(nn.Module):
 
     def plan(self, x: Tensor, mask: Tensor | None, positions: Tensor | None) -> Plan:
         """What every pass over rows like ``x [B, T, H]`` shares: rotary tables and the mask of the keys."""
+        if self.compiled is not None:  # always of one kind, and padded
+            more = -x.shape[1] % BUCKET
+            there = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+            if positions is None:
+                positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+            mask, positions = F.pad(there if mask is None else mask.bool(), (0, more)), F.pad(positions, (0, more))
         place = torch.arange(x.shape[1], device=x.device) if positions is None else positions[:, None]
         return rotary_table(place, self.head_dim), None if mask is None else mask.bool()[:, None, None, :]
 
@@ -250,6 +264,15 @@ class MaskedTransformer(nn.Module):
 
         ``scales`` are a row of :meth:`steps`, ``plan`` is of :meth:`plan`.  The same as :meth:`forward` at one time.
         """
+        if self.compiled is None:
+            return self._pass(x, scales, plan, keep)
+        rows = x.shape[1] if keep is None else keep.shape[1]
+        x = F.pad(x, (0, 0, 0, plan[0][0].shape[-2] - x.shape[1]))
+        keep = None if keep is None else F.pad(keep, (0, -rows % BUCKET))
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(x, scales, plan, keep)[:, :rows].clone()  # a CUDA graph writes its result over the last
+
+    def _pass(self, x: Tensor, scales: Tensor, plan: Plan, keep: Tensor | None) -> Tensor:
         x = residual(x)
         for i, layer in enumerate(self.layers):
             last = i + 1 == len(self.layers)
@@ -263,6 +286,21 @@ class MaskedTransformer(nn.Module):
                 module.qkv = fuse(module.q_proj, module.k_proj, module.v_proj)
             elif isinstance(module, SwiGLU):
                 module.gate_up = fuse(module.gate_proj, module.up_proj)
+
+    def compile_passes(self) -> None:
+        """Compile :meth:`pass_over` at its first use; on CUDA its kernels are recorded as graphs, one a shape.
+
+        The weights must stay where they are (:meth:`fuse` comes first).
+        """
+        import torch._dynamo as dynamo
+
+        dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, 64)  # three nets share the code
+        for module in self.modules():
+            for whole in (getattr(module, "qkv", None), getattr(module, "gate_up", None)):
+                if isinstance(whole, Tensor):
+                    dynamo.mark_static_address(whole)  # a weight, not an input to be copied
+        mode = "reduce-overhead" if self.norm.to_weight.weight.is_cuda else None
+        self.compiled = torch.compile(self._pass, dynamic=True, mode=mode)
 
 
 Plan = tuple[tuple[Tensor, Tensor], Tensor | None]

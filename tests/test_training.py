@@ -924,7 +924,7 @@ def test_tasks_are_scored_and_heard_in_the_log(workshop, tmp_path):
     objective, source, _ = recipes.BUILD["se"](job)
     batch = source.batch(np.flatnonzero(source.lengths)[:2].tolist(), epoch=0, step=0)
     objective.check = [batch]
-    whole = objective._given(batch)["tokens"]
+    whole = objective._encoded(batch)["tokens"]
     objective.model.generate = lambda *_, **__: whole
     assert objective.eval().validate()["generated_accuracy"] == 1.0
 

@@ -11,7 +11,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,16 +84,6 @@ def tally(votes: Sequence[Mapping[str, Any]], pair: Mapping[str, Any]) -> tuple[
     count = Counter(vote["vote"] for vote in votes if all(vote[side] == pair[side] for side in "AB"))
     clear = count["A"] + count["B"]
     return count, float(binomtest(count["A"], clear).pvalue) if clear else 1.0
-
-
-@torch.no_grad()
-def sound_tokens(metis: Metis, tokens: Tensor, voice: tuple[Tensor, Tensor], seed: int = 0) -> Tensor:
-    """Stage 2 alone: acoustic codes ``[T, Q]`` of SSL ``tokens [T]``, after the tokens ``[P]`` and codes of a voice."""
-    options = metis.options("vc")
-    semantic, prompt = torch.cat([voice[0], tokens])[None], voice[1][None]
-    more: dict[str, Any] = {"steps": options.stage2_steps, "generator": torch.Generator().manual_seed(seed)}
-    first = metis.stage2_layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **more)
-    return metis.stage2_full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **more)[0]
 
 
 def ranked(rows: Sequence[dict[str, Any]], score: str, best_first: bool = False) -> list[dict[str, Any]]:
@@ -480,7 +469,7 @@ class TokenExplorer(Panel):
     def sound(self) -> Speech:
         """Let stage 2 decide all acoustic tokens from the SSL tokens, in the voice of the recording."""
         tokens, said, codes = (x.to(self.metis.device) for x in (self.tokens[0], self.original[0], self.original[1:].T))
-        self.tokens[1:] = sound_tokens(self.metis, tokens, (said, codes), self.seed).T.cpu()
+        self.tokens[1:] = self.metis.acoustic_tokens(tokens, (said, codes), seed=self.seed).T.cpu()
         self._refresh()
         return self.decode()
 

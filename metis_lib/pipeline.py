@@ -335,19 +335,27 @@ class Metis:
         return self._speech(self.acoustic.decode(codes)[0], len(wav), {"task": "codec"})
 
     @torch.no_grad()
+    def acoustic_tokens(
+        self, tokens: Tensor, voice: tuple[Tensor, Tensor] | None = None, *, seed: int = 0, **options: Any
+    ) -> Tensor:  # fmt: skip
+        """SSL tokens ``[T]`` to codes ``[T, Q]`` by stage 2, after the tokens ``[P]`` and codes ``[P, Q]`` of a
+        voice.  ``options``: those of stage 2 (see :meth:`generate`)."""
+        chosen, tokens = self.options("tts", **options), tokens.to(self.device)
+        before, given = voice or (tokens[:0], tokens.new_zeros(0, self.stage2_full.config.num_quantizers))
+        said, prompt = torch.cat([before, tokens])[None], given[None]
+        more: dict[str, Any] = {"steps": chosen.stage2_steps, "generator": torch.Generator().manual_seed(seed)}
+        first = self.stage2_layer1.generate(said, prompt, settings=replace(chosen.stage2, cfg=0.0), **more)
+        return self.stage2_full.generate(said, prompt, first_layer=first, settings=chosen.stage2, **more)[0]
+
+    @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, prompt: Source | None = None, *, seed: int = 0, **options: Any) -> Speech:
         """SSL tokens ``[T]`` to speech by stage 2 and codec, in the voice of a prompt: what every task ends with.
 
         ``options``: those of stage 2 (see :meth:`generate`).
         """
-        chosen, voice = self.options("tts", **options), None if prompt is None else self.voice(prompt)
-        tokens, empty = tokens.to(self.device), tokens.new_zeros(0, self.stage2_full.config.num_quantizers)
-        said = tokens if voice is None else torch.cat([voice.tokens, tokens])
-        given = (empty.to(self.device) if voice is None else voice.codes)[None]
-        more: dict[str, Any] = {"steps": chosen.stage2_steps, "generator": torch.Generator().manual_seed(seed)}
-        first = self.stage2_layer1.generate(said[None], given, settings=replace(chosen.stage2, cfg=0.0), **more)
-        codes = self.stage2_full.generate(said[None], given, first_layer=first, settings=chosen.stage2, **more)
-        wav = self.acoustic_decoder.decode_long(codes)[0]
+        voice = None if prompt is None else self.voice(prompt)
+        codes = self.acoustic_tokens(tokens, voice and (voice.tokens, voice.codes), seed=seed, **options)
+        wav = self.acoustic_decoder.decode_long(codes[None])[0]
         return self._speech(wav, len(wav), {"task": "stage2", "seed": seed})
 
     def voice(self, prompt: Source) -> Voice:

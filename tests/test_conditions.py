@@ -15,7 +15,8 @@ from metis_lib.models.stage1 import Durations, Stage1, spread, stretch
 from metis_lib.tokenizers.semantic import FactorizedVQ
 from metis_lib.training import data, recipes
 from metis_lib.training import generative as gen
-from metis_lib.training.durations import ctc_durations, timed_hint
+from metis_lib.training.data import timed_hint
+from metis_lib.training.durations import ctc_durations
 from metis_lib.training.prepared import Mixed, Prepared, prepare
 from metis_lib.training.teacher import align_frames
 from tests.test_training import job_of, workshop  # noqa: F401 (fixtures)

@@ -265,8 +265,8 @@ def test_stage_2_gives_ssl_tokens_a_sound() -> None:
     press(explorer, "Sound by stage 2")
     assert torch.equal(explorer.tokens[0], kept) and not torch.equal(explorer.tokens[1:], explorer.original[1:])
     voice = (explorer.original[0], explorer.original[1:].T)
-    assert torch.equal(lab.sound_tokens(nano, kept, voice, seed=1).T, explorer.tokens[1:])
-    assert not torch.equal(lab.sound_tokens(nano, kept, voice, seed=2).T, explorer.tokens[1:])
+    assert torch.equal(nano.acoustic_tokens(kept, voice, seed=1).T, explorer.tokens[1:])
+    assert not torch.equal(nano.acoustic_tokens(kept, voice, seed=2).T, explorer.tokens[1:])
 
 
 def test_another_recording_is_loaded(explorer: lab.TokenExplorer) -> None:

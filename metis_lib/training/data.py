@@ -28,7 +28,7 @@ from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
 from metis_lib.data.store import FlatStore, read_jsonl, read_manifest, store_waves
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
-from metis_lib.models.stage1 import stretch
+from metis_lib.models.stage1 import spread, stretch
 from metis_lib.tokenizers.ssl import SHORTEST, fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
 from metis_lib.training.loop import TrainSettings
@@ -309,12 +309,27 @@ def span_mask(frames: int, rng: np.random.Generator, share: float = 0.35, span: 
     return torch.from_numpy(np.convolve(starts, np.ones(span, int))[:frames] > 0)
 
 
+def left_padded(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
+    """``[B, L]`` padded on the left, as phones stand."""
+    out, counts = padded(rows, value)
+    return torch.stack([row.roll(out.shape[1] - int(n)) for row, n in zip(out, counts, strict=True)])
+
+
+def timed_hint(phones: Tensor, durations: Tensor, prompt: int, frames: int, jitter: Tensor) -> Tensor:
+    """Frame-level phones ``[frames]`` as generation has them: those of the prompt evenly stretched over its frames,
+    the others by their durations, each changed by a factor (``jitter [L]``), for predicted ones are not exact."""
+    middles = durations.cumsum(0) - durations / 2
+    count = int((middles < prompt).sum())
+    before, rest = phones[: max(count, 1)], phones[min(count, len(phones) - 1) :]
+    weights = (durations * jitter)[len(phones) - len(rest) :].clamp(min=0.1)
+    return torch.cat([stretch(before[None], prompt)[0], spread(rest, weights, frames - prompt)])
+
+
 def phone_batch(ids: Sequence[Sequence[int]], frames: Sequence[int], pad: int) -> Batch:
     """``phones`` and ``phone_mask [B, L]`` (padding on the left: phones stand right before the frames) and the
     evenly stretched ``hint [B, T]``."""
     rows = [torch.tensor(list(p)) for p in ids]
-    phones, counts = padded(rows, pad)
-    phones = torch.stack([row.roll(phones.shape[1] - int(n)) for row, n in zip(phones, counts, strict=True)])
+    phones = left_padded(rows, pad)
     hint, _ = padded([stretch(p[None], n)[0] for p, n in zip(rows, frames, strict=True)], pad)
     return {"phones": phones, "phone_mask": phones != pad, "hint": hint}
 
@@ -376,8 +391,6 @@ class Tokens:
 
     def _times(self, batch: Batch, ids: Sequence[list[int]], items: Sequence[int], epoch: int) -> Batch:
         """``durations [B, L]`` in frames (0: unknown) and the ``hint`` by them."""
-        from metis_lib.training.durations import left_padded, timed_hint
-
         known, hints = [], []
         for row, (i, phones) in enumerate(zip(items, ids, strict=True)):
             found = (self.timed or {}).get(self.shards.record(i)["id"], np.zeros(0, np.int16))

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from metis_lib.data.store import FlatStore
-from metis_lib.models.stage1 import spread, stretch
 from metis_lib.tokenizers.ssl import SSLEncoder
-from metis_lib.training.data import Speech, padded
+from metis_lib.training.data import Speech
 
 
 def ctc_durations(log_probs: np.ndarray, phones: Sequence[int]) -> np.ndarray:
@@ -64,19 +62,3 @@ def time_phones(waves: FlatStore, encoder: SSLEncoder, head: torch.nn.Linear, fo
 
     store = FlatStore(folder) if (folder / "index.json").is_file() else FlatStore.write(folder, pieces())
     return {item["id"]: store[i] for i, item in enumerate(store.items)}
-
-
-def timed_hint(phones: Tensor, durations: Tensor, prompt: int, frames: int, jitter: Tensor) -> Tensor:
-    """Frame-level phones ``[frames]`` as generation has them: those of the prompt evenly stretched over its frames,
-    the others by their durations, each changed by a factor (``jitter [L]``), for predicted ones are not exact."""
-    middles = durations.cumsum(0) - durations / 2
-    count = int((middles < prompt).sum())
-    before, rest = phones[: max(count, 1)], phones[min(count, len(phones) - 1) :]
-    weights = (durations * jitter)[len(phones) - len(rest) :].clamp(min=0.1)
-    return torch.cat([stretch(before[None], prompt)[0], spread(rest, weights, frames - prompt)])
-
-
-def left_padded(rows: Sequence[Tensor]) -> Tensor:
-    """``[B, L]`` with zeros on the left, as phones stand."""
-    out, counts = padded(rows)
-    return torch.stack([row.roll(out.shape[1] - int(n)) for row, n in zip(out, counts, strict=True)])

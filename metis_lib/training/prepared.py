@@ -7,6 +7,7 @@ anew every time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from metis_lib.training.loop import TrainSettings
 
 def prepare(
     source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: int = 1, frames: int = 4000,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> FlatStore:  # fmt: skip
     """The examples of a source, encoded, in ``folder``; made on first use.
 

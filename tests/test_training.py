@@ -784,8 +784,8 @@ def small_queue(workshop, tmp_path, monkeypatch):
 
 def test_queue_takes_piece_after_piece_and_writes_down_what_came_of_it(small_queue):
     path, manifest = small_queue
-    part = queue.run_next(path, manifest=manifest, budget="0.2s")
-    assert part["state"] == "part" and 0 < part["steps"] < 40 and part["score"]["cross_entropy"] > 0
+    part = queue.run_next(path, manifest=manifest, budget="0.001s")  # over before the first step: it takes one
+    assert part["state"] == "part" and part["steps"] == 1 and part["score"]["cross_entropy"] > 0
     shutil.rmtree(queue.home(queue.read(path)) / "runs")  # the state is lost, the weights are there
     whole = queue.run_next(path, manifest=manifest)
     assert (whole["number"], whole["state"], whole["steps"]) == (0, "done", 40)
@@ -997,7 +997,7 @@ def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_p
     shutil.copytree(manifest.parent, home)
     (home / "ALL_READY").touch()
     monkeypatch.setattr(build.queue, "run_next", partial(queue.run_next, manifest=manifest))
-    assert build.build(path, budget="0.5s", judge=False)["left"] == 2
+    assert build.build(path, budget="0.001s", judge=False)["left"] == 2
     done = build.build(path, target=tmp_path / "weights", judge=False)
     assert done["left"] == 0 and {"ssl", "semantic_codec", "tasks/se", "stage1"} <= set(done["sizes"])
     assert (tmp_path / "weights/tasks/se/model.safetensors").is_file() and not list(tmp_path.rglob("*.part"))

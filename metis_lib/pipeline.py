@@ -21,6 +21,7 @@ from metis_lib.models import adapt
 from metis_lib.models.masked import Noise
 from metis_lib.models.stage1 import Stage1, spread, stretch
 from metis_lib.models.stage2 import Stage2
+from metis_lib.models.transformer import Packs
 from metis_lib.stores import PARTS, Folder, Random, Store
 from metis_lib.tasks import TASKS, like, own
 from metis_lib.tasks.tts import byte_rule, target_frames
@@ -136,6 +137,7 @@ class Metis:
         self._asked: dict[str, str | None] = {}
         self._task_models: dict[str, Stage1] = {}
         self._merged: str | None = None
+        self._packs = Packs()
         self._voices: dict[str, Voice] = {}
 
     @classmethod
@@ -262,7 +264,7 @@ class Metis:
         """A part prepared for inference."""
         quicken(part)
         if isinstance(part, (Stage1, Stage2)):
-            part.diff_estimator.fuse()
+            part.diff_estimator.fuse(None if self.compile else self._packs)
             if self.compile:
                 part.diff_estimator.compile_passes()
         return part
@@ -286,6 +288,7 @@ class Metis:
                 if key.rpartition(".")[0].endswith(adapt.LORA_TARGETS):
                     parameter.data.copy_(fresh[key])
         self._merged = None
+        self._packs.forget()
         if lora:
             adapt.fold_lora(self._task_models[name], lora)
             self._merged = name

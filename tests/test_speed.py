@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metis_lib import cli
 from metis_lib.config import DecodeSettings, preset
-from metis_lib.models import masked
+from metis_lib.models import masked, transformer
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
+from metis_lib.models.transformer import Packs
 from metis_lib.speed import as_released, count_flops
-from metis_lib.tokenizers.acoustic import AcousticCodec
+from metis_lib.tokenizers import ssl
+from metis_lib.tokenizers.acoustic import AcousticCodec, Snake1d
 from metis_lib.tokenizers.semantic import WNConv1d, freeze
 from metis_lib.tokenizers.ssl import Linear, SSLEncoder, product, quicken
 
@@ -93,6 +95,48 @@ def test_fused_projections_share_their_memory_and_follow_the_weights():
         torch.testing.assert_close(model.diff_estimator(x, torch.ones(1)), now)
     moved = model.to(torch.float64)  # the views are gone: the projections work one by one
     assert moved.diff_estimator(x.double(), torch.ones(1)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_in_bf16_is_that_of_fp32(padded):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 45, 32) for _ in range(3))
+    mask = torch.ones(2, 1, 1, 45, dtype=torch.bool)
+    if padded:
+        mask[1, ..., 30:] = False
+    with torch.no_grad():
+        got = transformer.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask if padded else None)
+        wanted = transformer.attend(q, k, v, mask)
+    torch.testing.assert_close(got.float(), wanted, atol=0.02, rtol=0)
+
+
+@pytest.mark.skipif(not ssl.HAS_ONEDNN, reason="this PyTorch has no oneDNN")
+@torch.no_grad()
+def test_packed_weights_say_the_same_until_they_change(monkeypatch):
+    monkeypatch.setattr(transformer, "LARGE", 1)
+    torch.manual_seed(0)
+    net = Stage1(preset("debug").stage1).bfloat16().eval().requires_grad_(False).diff_estimator
+    x, packs = torch.randn(2, 37, net.norm.to_weight.in_features), Packs()
+    net.fuse()
+    wanted = net(x, torch.ones(2))
+    net.fuse(packs)
+    torch.testing.assert_close(net(x, torch.ones(2)), wanted)
+    assert len(packs.held) == 6 * len(net.layers)
+    net.layers[0].mlp.down_proj.weight.mul_(3)
+    packs.forget()
+    assert not torch.equal(changed := net(x, torch.ones(2)), wanted)
+    net.fuse()
+    torch.testing.assert_close(net(x, torch.ones(2)), changed)
+    net.float().fuse(packs)  # only bf16 is packed
+    assert net.layers[0].mlp.packs is None
+
+
+def test_snakes_a_few_channels_at_a_time_are_the_same():
+    snake = Snake1d(10)
+    torch.nn.init.uniform_(snake.alpha, 0.2, 2.0)
+    x = torch.randn(2, 10, 33)
+    with torch.no_grad():
+        torch.testing.assert_close(snake(x), snake.plain(x))
 
 
 def test_position_bias_is_gathered_to_the_same():
@@ -261,7 +305,8 @@ def test_bench_of_generation(capsys, tmp_path):
             assert set(task[key]) == {"released", "fp32", "bf16"}
             assert all(set(values) >= parts for values in task[key].values())
         assert all(n > 0 for values in task["gflop"].values() for n in values.values())
-        assert task["gflop"]["fp32"]["stage1"] == pytest.approx(task["gflop"]["bf16"]["stage1"], rel=0.01)
+        # in bf16 attention sees whole vectors of keys
+        assert task["gflop"]["fp32"]["stage1"] == pytest.approx(task["gflop"]["bf16"]["stage1"], rel=0.1)
         assert task["gflop"]["released"]["ssl"] >= task["gflop"]["fp32"]["ssl"]
         assert task["weights_mb"]["fp32"] > task["weights_mb"]["bf16"] > 0
     assert cli.main(["bench", "generate", "--preset=debug", "--tasks", "sing"]) == 2

@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from metis_lib.tokenizers.ssl import product
+from metis_lib.tokenizers.ssl import HAS_ONEDNN, product
+
+LARGE = 2**20
+"""Elements of a weight from which on :class:`Packs` pay."""
 
 BUCKET = 64
 """Compiled, a pass works on multiples of so many rows: few shapes, each compiled (on CUDA, recorded) once."""
@@ -58,6 +61,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     if q.device.type != "cpu" or not (q.requires_grad or q.dtype == torch.bfloat16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _attend_bf16(q, k, v, mask)
     batch, heads, frames, depth = q.shape
     seen = k.shape[2]
     bias = q.new_zeros(batch, heads, seen)
@@ -68,6 +73,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (x.reshape(batch * heads, -1, depth) for x in (q, k, v))
     scores = torch.baddbmm(bias.view(batch * heads, 1, seen), q, k.transpose(1, 2), alpha=depth**-0.5)
     return torch.bmm(scores.softmax(dim=-1), v).view(batch, heads, frames, depth)
+
+
+def _attend_bf16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same where nothing is learned: softmax in place, over rows of whole vectors (ends cost it as much again)."""
+    seen, more = k.shape[2], -k.shape[2] % 32
+    k, v = F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more))
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3))
+    scores[..., seen:] = -torch.inf
+    if mask is not None:
+        scores[..., :seen].masked_fill_(~mask, -torch.inf)
+    return torch.matmul(torch.softmax(scores, dim=-1, out=scores), v)
 
 
 class AdaptiveRMSNorm(nn.Module):
@@ -110,6 +126,28 @@ def fuse(*layers: nn.Linear) -> Tensor:
     return whole
 
 
+class Packs:
+    """bf16 weights in the layout that oneDNN multiplies in, made at first use: else a CPU reorders them every time.
+
+    They are held a second time; :meth:`forget` them where weights change.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # by address, which the weight itself keeps taken
+
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x weight^T`` of ``[..., C_in]`` and ``[C_out, C_in]``."""
+        key = (weight.data_ptr(), len(weight))
+        if key not in self.held:
+            rows = x.numel() // x.shape[-1]
+            self.held[key] = weight, torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        return torch.ops.mkldnn._linear_pointwise(x, self.held[key][1], None, "none", [], "")
+
+    def forget(self) -> None:
+        """Make all anew when they are next used."""
+        self.held.clear()
+
+
 def fused(whole: Tensor | None, first: nn.Linear) -> bool:
     """Whether a fused matrix may stand for its layers: they are still its views, and nothing is learned."""
     if whole is None or torch.is_grad_enabled():
@@ -128,6 +166,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
         self.qkv: Tensor | None = None
+        self.packs: Packs | None = None
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, keep: Tensor | None = None
@@ -135,17 +174,23 @@ class Attention(nn.Module):
         """``x [B, T, H]``; ``mask [B, 1, 1, T]`` True where a key may be seen; ``keep [B, K]``: rows to answer for."""
         cos, sin = (table.to(x.dtype) for table in rotary)  # [T, D], or [B, 1, T, D]
         split = (*x.shape[:2], self.heads, -1)
-        if fused(self.qkv, self.q_proj):
-            both, v = product(x, self.qkv).view(*x.shape[:2], 3 * self.heads, -1).transpose(1, 2).split(
-                [2 * self.heads, self.heads], dim=1
-            )  # fmt: skip
+        whole = self.qkv if fused(self.qkv, self.q_proj) else None
+        packs = None if whole is None else self.packs
+        if whole is not None:
+            if packs:
+                both, v = packs.product(x, whole[: -x.shape[-1]]), packs.product(x, self.v_proj.weight)
+            else:
+                both, v = product(x, whole).split([2 * x.shape[-1], x.shape[-1]], dim=-1)
+            both, v = both.unflatten(-1, (2 * self.heads, -1)).transpose(1, 2), v.unflatten(-1, split[2:])
             q, k = rotate(both, cos, sin).chunk(2, dim=1)
+            v = v.transpose(1, 2)
         else:
             q, k, v = (p(x).view(split).transpose(1, 2).contiguous() for p in (self.q_proj, self.k_proj, self.v_proj))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if keep is not None:
             q = q.gather(2, keep[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).reshape(x.shape[0], q.shape[2], -1))
+        heard = attend(q, k, v, mask).transpose(1, 2).reshape(x.shape[0], q.shape[2], -1)
+        return packs.product(heard, self.o_proj.weight) if packs else self.o_proj(heard)
 
 
 class SwiGLU(nn.Module):
@@ -157,8 +202,13 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(width, 4 * width, bias=False)
         self.down_proj = nn.Linear(4 * width, width, bias=False)
         self.gate_up: Tensor | None = None
+        self.packs: Packs | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.packs and fused(self.gate_up, self.gate_proj):  # apart: each result in one piece of memory
+            gate, up, down = self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight
+            inner = F.silu(self.packs.product(x, gate), inplace=True).mul_(self.packs.product(x, up))
+            return self.packs.product(inner, down)
         if fused(self.gate_up, self.gate_proj):
             gate, up = product(x, self.gate_up).chunk(2, dim=-1)
             return self.down_proj(F.silu(gate, inplace=True).mul_(up))
@@ -279,13 +329,20 @@ class MaskedTransformer(nn.Module):
             x = layer(x, (scales[2 * i], scales[2 * i + 1]), *plan, keep if last else None)
         return self.norm(x, scales[-1])
 
-    def fuse(self) -> None:
-        """Join the projections of queries, keys and values, and of gates and values, for inference."""
+    def fuse(self, packs: Packs | None = None) -> None:
+        """Join the projections of queries, keys and values, and of gates and values, for inference.
+
+        ``packs`` is used where it pays: on a CPU, for bf16 weights that its caches do not hold.
+        """
+        weight = self.layers[0].mlp.gate_proj.weight
+        pays = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and weight.numel() >= LARGE and HAS_ONEDNN
         for module in self.modules():
             if isinstance(module, Attention):
                 module.qkv = fuse(module.q_proj, module.k_proj, module.v_proj)
             elif isinstance(module, SwiGLU):
                 module.gate_up = fuse(module.gate_proj, module.up_proj)
+            if isinstance(module, Attention | SwiGLU):
+                module.packs = packs if pays else None
 
     def compile_passes(self) -> None:
         """Compile :meth:`pass_over` at its first use; on CUDA its kernels are recorded as graphs, one a shape.

@@ -30,14 +30,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     For inference in fp32 on a CPU it is oneDNN's.  PyTorch takes MKL's, which uses no AVX-512 on processors that are
     not Intel's: on an AMD EPYC that takes 2.1 to 2.5 times as long.
     """
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and _HAS_ONEDNN
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN
     learns = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
     if not plain or learns:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether PyTorch lends us oneDNN's products."""
 
 
 class Linear(nn.Linear):

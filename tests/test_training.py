@@ -1042,6 +1042,28 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     assert card["mode"] == "lora" and len(card["earlier"]) == 1
 
 
+def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):
+    job = job_of("acoustic", steps=30)
+    recipes.train(job)
+    before = recipes.load_state(job.folder)
+    again = replace(job, options={"decoder_only": True}, settings=replace(job.settings, steps=60, lr=2e-3))
+    objective, source, _ = recipes.BUILD["acoustic"](again)
+    batch = data.Feed(source, again.settings).held_out(1)[0]
+    errors = []
+    recipes._warm(again, objective)
+    errors.append(float(objective(batch)["mel"].detach()))
+    codes = objective.codec.eval().encode(batch["wav"])
+    shutil.rmtree(job.out / "runs")
+    recipes.train(again)
+    after = recipes.load_state(job.folder)
+    changed = {key for key in after if not torch.equal(before[key], after[key])}
+    assert changed and all(key.startswith("decoder.model.") for key in changed)
+    recipes._warm(again, objective)
+    errors.append(float(objective(batch)["mel"].detach()))
+    assert errors[1] < 0.97 * errors[0]
+    assert torch.equal(objective.codec.encode(batch["wav"]), codes)
+
+
 def test_unknown_options_and_settings_are_named(job_of):
     with pytest.raises(MetisError, match=r"no option 'adversarial_form'; it has: .*adversarial_from"):
         recipes.train(replace(job_of("acoustic"), options={"adversarial_form": 5}))

@@ -111,7 +111,7 @@ class Stage1Training(Objective):
 
         def add(name: str, found: dict[str, Tensor], count: Tensor) -> None:
             one = sums.setdefault(name, [0.0, 0.0])
-            one[0], one[1] = one[0] + float(found["loss"]), one[1] + float(count)
+            one[0], one[1] = one[0] + float(found["loss"].detach()), one[1] + float(count)
 
         tasks = {batch.get("task") for batch in self.check}
         for batch in self.check:

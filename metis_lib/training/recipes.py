@@ -265,7 +265,7 @@ def _semantic(job: Job) -> Built:
 
 def _acoustic(job: Job) -> Built:
     """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
-    ``discriminators`` (``nano`` or ``paper``)."""
+    ``discriminators`` (``nano`` or ``paper``), ``decoder_only`` (encoder and quantiser stay, so do the tokens)."""
     o = job.chosen
     frames = max(1, round(o["seconds"] * 50))
     source = data.Crops(job.waves("train"), frames, job.settings.seed)
@@ -275,7 +275,7 @@ def _acoustic(job: Job) -> Built:
         critics = NANO if o["discriminators"] == "nano" else DiscriminatorConfig()
     objective = tok.AcousticTraining(
         job.system.acoustic, discriminators=critics, adversarial_from=o["adversarial_from"] or 0,
-        convergence=o["convergence"], check=held_out,
+        convergence=o["convergence"], decoder_only=o["decoder_only"], check=held_out,
     )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.acoustic}
 
@@ -380,7 +380,13 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
 OPTIONS: dict[str, dict[str, Any]] = {
     "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300, "hidden": 0.35, "teacher": "none"},
     "semantic": {"longest": 300, "phones": 0.0, "follow": 0.0},
-    "acoustic": {"seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano"},
+    "acoustic": {
+        "seconds": 0.6,
+        "convergence": 5.0,
+        "adversarial_from": None,
+        "discriminators": "nano",
+        "decoder_only": False,
+    },
     "stage1": {"floor": 0.0, "longest": 600},
     "stage2_layer1": {"longest": 600},
     "stage2_full": {"longest": 600},

@@ -290,15 +290,19 @@ class AcousticTraining(Objective):
     """Acoustic codec: reconstruction, and after ``adversarial_from`` steps the discriminators (MaskGCT appendix A.4).
 
     The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
-    ``convergence`` (spectral convergence) is ours; 0 leaves it out.  Batches: :class:`~metis_lib.training.data.Crops`.
+    ``convergence`` (spectral convergence) is ours; 0 leaves it out.  ``decoder_only``: encoder and quantiser stay, and
+    with them all tokens; only their decoder learns.  Batches: :class:`~metis_lib.training.data.Crops`.
     """
 
     def __init__(
         self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
-        adversarial_from: int = 0, convergence: float = 0.0, check: Sequence[Batch] = (),
+        adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
+        self.decoder_only = decoder_only
+        if decoder_only:
+            self.codec.requires_grad_(False).decoder.model.requires_grad_(True)
         self.critics = Discriminators(discriminators) if discriminators else None
         self.codec.track_usage()
         self.weights = {
@@ -313,7 +317,9 @@ class AcousticTraining(Objective):
 
     def trained(self, part: str) -> list[nn.Parameter]:
         """Parameters of ``codec`` or ``critics``."""
-        return list(getattr(self, part).parameters())
+        return list(
+            (self.codec.decoder.model if self.decoder_only and part == "codec" else getattr(self, part)).parameters()
+        )
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Crops."""
@@ -326,10 +332,16 @@ class AcousticTraining(Objective):
         if part == "critics":
             assert self.critics is not None
             return {"critics": discriminator_loss(self.critics(wav), self.critics(self.made.pop(0))).sum()}
-        out = self.codec(wav)
+        if self.decoder_only:
+            codes = self.codec.encode(wav).permute(2, 0, 1)
+            made = self.codec.decoder.model(self.codec.decoder.quantizer.vq2emb(codes))
+            out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
+        else:
+            out = self.codec(wav)
         mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
-        vq = (out["commit_loss"] + out["codebook_loss"]) * len(wav)
-        terms = {"mel": mel.sum(), "convergence": convergence.sum(), "vq": vq}
+        terms = {"mel": mel.sum(), "convergence": convergence.sum()}
+        if not self.decoder_only:
+            terms["vq"] = (out["commit_loss"] + out["codebook_loss"]) * len(wav)
         if self.critics is not None and self.training and self.now >= self.begin:
             self.made.append(out["recon"].detach())
             fake = self.critics(out["recon"])
@@ -341,7 +353,7 @@ class AcousticTraining(Objective):
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Revive idle codes every 10 steps, not in the last tenth of the run."""
         self.made.clear()
-        if step % 10 == 9 and step < settings.steps * 0.9:
+        if not self.decoder_only and step % 10 == 9 and step < settings.steps * 0.9:
             revive(self.codec.decoder.quantizer, 10, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ import glob
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -1032,8 +1033,15 @@ class Lab(Command):
         command += [f"--ServerApp.tornado_settings={{'websocket_max_message_size': {LARGEST_UPLOAD}}}"]
         command += ["--no-browser"] if self.no_browser else []
         command += ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
-        code = subprocess.call(command, cwd=root)
-        return Answer("", {"code": code}, code)
+        with subprocess.Popen(command, cwd=root) as server:  # told to end, it ends its server too
+            before = signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+            try:
+                code = server.wait()
+            except KeyboardInterrupt:  # JupyterLab has got it as well, and may ask whether it is meant
+                code = server.wait()
+            finally:
+                signal.signal(signal.SIGTERM, before)
+        return Answer("", {"code": code}, max(code, 0))
 
 
 PREPARE: dict[str, type[Command]] = {

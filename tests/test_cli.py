@@ -1,5 +1,6 @@
 """The command line: answers, exit codes, one line for what is wrong, and a quick start."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,9 @@ import resource
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -389,9 +392,31 @@ def test_the_doctor_exits_with_1_only_if_a_needed_part_fails(monkeypatch, capsys
         assert document["ok"] is (code == 0) and document["checks"][0]["status"] == status
 
 
+def test_lab_ends_its_server_when_it_is_told_to_end(tmp_path):
+    """Python itself stands for JupyterLab here: it says where it is, and waits."""
+    server, note = tmp_path / "server", tmp_path / "pid"
+    server.write_text(f"#!/bin/sh\necho $$ > {note}.part && mv {note}.part {note}\nexec sleep 60\n")
+    server.chmod(0o755)
+    code = f"import sys; sys.executable = {str(server)!r}; from metis_lib import cli; sys.exit(cli.main(['lab']))"
+    lab = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    for _ in range(600):
+        if note.is_file():
+            break
+        time.sleep(0.1)
+    lab.terminate()
+    assert lab.wait(timeout=20) == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(note.read_text()), 0)
+
+
 def test_lab_serves_the_notebooks(monkeypatch):
     calls = []
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 0)
+
+    def served(command, cwd):
+        calls.append((command, cwd))
+        return contextlib.nullcontext(SimpleNamespace(wait=lambda: 0))
+
+    monkeypatch.setattr(subprocess, "Popen", served)
     assert cli.main(["lab", "--port=9999"]) == 0
     command, folder = calls[0]
     assert command[1:3] == ["-m", "jupyterlab"] and "--port=9999" in command and folder == ROOT

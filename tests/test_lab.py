@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -359,7 +361,12 @@ def test_the_browser_opens_the_committed_runs() -> None:
 
 def test_metis_lab_opens_a_notebook_by_its_number(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     calls: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: calls.append(command) or 0)
+
+    def served(command: list[str], cwd: Path) -> Any:
+        calls.append(command)
+        return contextlib.nullcontext(SimpleNamespace(wait=lambda: 0))
+
+    monkeypatch.setattr(subprocess, "Popen", served)
     for words, name in ([], "13_laboratory"), (["14"], "14_token_explorer"), (["00"], "00_quickstart"):
         assert cli.main(["lab", *words]) == 0
         assert f"--LabApp.default_url=/lab/tree/notebooks/{name}.ipynb" in calls[-1]

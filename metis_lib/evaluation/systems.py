@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -364,6 +365,7 @@ def _generated(maker: Systems, system: str, items: Sequence[Item], folder: Path,
         measure=_measures(metis, {id: item for id, (item, _) in wanted.items()}),
         progress=lambda *_: next(shown, None),  # type: ignore[arg-type]
     )  # fmt: skip
+    deque(shown, maxlen=0)  # what was made before counts as done, and the bar ends
     log, clips = bulk.read_log(folder), []
     for id, (item, seed) in wanted.items():
         entry = log.get(id, {})

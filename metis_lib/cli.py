@@ -328,7 +328,7 @@ class Testset(Command):
         if self.name in ("unseen", "seen"):
             if (self.root, self.out, self.prompts) != (None, None, None):
                 raise MetisError(f"{self.name} is made of nano's corpus; it takes no folders")
-            folder = _recipe("nano.testsets").build_synthetic(self.name)
+            folder = _recipe("nano.testsets").build_synthetic(self.name, more=True)
             return Answer(f"{self.name}: {folder}", {"testset": str(folder)})
         found = _recipe("testsets").prepare(self.name, self.root, **options)
         return Answer(f"{self.name}: {found['items']} items in {found['testset']}", found)

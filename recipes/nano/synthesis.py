@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ import torch
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.simulate import level, trim
-from metis_lib.data.store import read_jsonl, row, write_jsonl
+from metis_lib.data.store import Row, read_jsonl, read_manifest, row, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import packages
 from recipes.nano.human import SUITE, to_24k, worker_pool
@@ -315,13 +315,51 @@ def synthesise(out: Path, hours: float, seed: int, workers: int) -> Iterator[int
     Raises:
         MetisError: a package cannot be fetched, there are too few sentences, or a worker died.
     """
+    if hours > 0:
+        yield from _say_all(out, plan(_pool(), hours, seed), workers)
+
+
+def held_out(
+    out: Path, split: str, wanted: dict[str, int], known: Collection[str], *, seed: int = 0, workers: int = 2
+) -> list[Row]:
+    """Further sentences of ``test`` or ``seen``, of the corpus's plan, for a test set.
+
+    Args:
+        out: folder for them (``parts``, ``audio``, ``manifest.jsonl``).
+        wanted: how many each speaker is to say.
+        known: ids of those that are said already.
+
+    Returns:
+        What they said; MetisError as :func:`synthesise`.
+    """
+    jobs, left = [], dict(wanted)
+    for job in plan(_pool(), 0.0, seed):
+        speaker = f"{job['engine']}-{job['voice']}"
+        if job["split"] == split and job["id"] not in known and left.get(speaker, 0) > 0:
+            left[speaker] -= 1
+            jobs.append(job)
+    if not jobs:
+        return []
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for _ in _say_all(out, jobs, workers):
+        pass
+    write_jsonl(out / "manifest.jsonl", read_jsonl(out / "parts" / "synthetic-0.jsonl"))
+    return read_manifest(out / "manifest.jsonl")
+
+
+def _pool() -> list[str]:
+    """All sentences, of packages."""
     folder = packages.fetch_deb("fortunes", SUITE) / "usr/share/games/fortunes"
     texts = [(folder / name).read_text(encoding="utf-8", errors="replace") for name in FORTUNES]
     glosses = sorted((packages.fetch_deb("wordnet-base", SUITE) / "usr/share/wordnet").glob("data.*"))
-    pool = sorted({*sentences(texts), *examples(glosses)})
+    return sorted({*sentences(texts), *examples(glosses)})
+
+
+def _say_all(out: Path, jobs: list[dict[str, Any]], workers: int) -> Iterator[int]:
+    """Say the jobs that ``out`` does not hold yet."""
     done = {r["id"] for part in (out / "parts").glob("synthetic-*.jsonl") for r in read_jsonl(part)}
     done |= {id for part in (out / "parts").glob("rejected-*.txt") for id in part.read_text().split()}
-    jobs = [j for j in plan(pool, hours, seed) if j["id"] not in done] if hours > 0 else []
+    jobs = [job for job in jobs if job["id"] not in done]
     if not jobs:
         return
     engines = {

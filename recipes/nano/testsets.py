@@ -26,7 +26,7 @@ from metis_lib.data.lips import FaceStyle, render
 from metis_lib.data.simulate import HOP, Degradation, Noises, Recording, Rooms, degrade, level, trim
 from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl
 from metis_lib.errors import MetisError
-from recipes.nano import corpus, human, packages
+from recipes.nano import corpus, human, packages, synthesis
 from recipes.testsets import add_voice
 
 _RECIPE = json.loads(Path(__file__).with_name("human.json").read_text(encoding="utf-8"))
@@ -191,8 +191,10 @@ def add_rooms(count: int) -> Rooms:
     return Rooms.stack([corpus.simulate_room(ROOM_SEED + 100 + i) for i in range(count)])
 
 
-def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Path:
+def build_synthetic(name: str, home: Path | None = None, *, each: int = 5, more: bool = False) -> Path:
     """Make ``unseen`` or ``seen`` from the prepared corpus: ``each`` items a voice and task.
+
+    Where the corpus holds fewer of a voice, it says further held-out sentences (``more``; they lie in ``spoken``).
 
     Rows of ``unseen``: codec; se (the paper's degradation, but always with noise, of held-out noises and rooms: noisy,
     done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is
@@ -204,9 +206,14 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 4) -> Pa
     """
     home = home or assets.metis_home()
     folder, out = home / "corpora" / "nano", home / "testsets" / name
-    voices: dict[str, list[Row]] = defaultdict(list)
+    split, voices = {"unseen": "test", "seen": "seen"}[name], defaultdict[str, list[Row]](list)
     for r in read_manifest(folder / "manifest.jsonl"):
-        if not r.human and r.split == {"unseen": "test", "seen": "seen"}[name]:
+        if not r.human and r.split == split:
+            voices[r.speaker].append(r)
+    if more:
+        wanted = {speaker: each + 1 - len(rows) for speaker, rows in voices.items()}
+        known = {r.id for rows in voices.values() for r in rows}
+        for r in synthesis.held_out(out / "spoken", split, wanted, known):
             voices[r.speaker].append(r)
     speakers = sorted(s for s, rows in voices.items() if len(rows) > each or (name == "seen" and len(rows) > 1))
     if not speakers:

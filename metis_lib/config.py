@@ -60,7 +60,8 @@ class AcousticCodecConfig:
     """24 kHz codec: encoder, residual vector quantiser, Vocos decoder.
 
     ``encoder`` is ``"waveform"`` (DAC style, as published) or ``"mel"`` (ConvNeXt over log-mel frames:
-    our choice for nano, six times faster to train on a CPU).
+    our choice for nano, six times faster to train on a CPU).  ``codebook_search`` is ``"cosine"``, as published, or
+    ``"distance"``: ours too, for codebooks fitted by k-means (``ResidualVQ.fit``), which leave less over.
     """
 
     encoder: str = "waveform"
@@ -73,6 +74,7 @@ class AcousticCodecConfig:
     num_quantizers: int = 12
     codebook_size: int = 1024
     codebook_dim: int = 8
+    codebook_search: str = "cosine"
     quantizer_dropout: float = 0.5
     commitment: float = 0.25
     codebook_loss_weight: float = 1.0

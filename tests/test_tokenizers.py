@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -332,3 +333,21 @@ def test_ssl_refuses_bad_input() -> None:
     encoder = SSLEncoder(preset("debug").ssl)
     with pytest.raises(MetisError, match="above zero"):
         encoder.set_stats(torch.zeros(32), torch.zeros(32))
+
+
+def test_codebooks_fitted_by_k_means_leave_little_over():
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(4000, 6, generator=generator) @ torch.randn(6, 16, generator=generator) + 2.0
+    quantizer = ResidualVQ(16, 4, 64, 8, 0.25, 1.0, by_distance=True).eval()
+    left = quantizer.fit(latents, generator)
+    with torch.no_grad():
+        found = quantizer(latents.t()[None])
+    error = (found.output[0].t() - latents).square().sum() / latents.square().sum()
+    assert float(error) == pytest.approx(left, rel=1e-3) and left < 0.02
+    torch.testing.assert_close(quantizer.vq2emb(found.codes), found.output)
+    each = [float((quantizer.vq2emb(found.codes[:k])[0].t() - latents).square().sum()) for k in range(1, 5)]
+    assert each == sorted(each, reverse=True) and each[-1] < 0.2 * each[0]  # every layer takes something off
+    with pytest.raises(MetisError, match="cannot fill"):
+        quantizer.fit(latents[:10])
+    with pytest.raises(MetisError, match="codebook search"):
+        AcousticCodec(replace(preset("debug").acoustic, codebook_search="angle"))

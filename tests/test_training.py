@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from metis_lib import Metis, cli
 from metis_lib.checkpoints import load_state
-from metis_lib.config import SemanticCodecConfig, Stage2Config
+from metis_lib.config import SemanticCodecConfig, Stage2Config, preset
 from metis_lib.data.store import write_manifest
 from metis_lib.errors import MetisError
 from metis_lib.training import data, loop, queue, recipes
@@ -1040,6 +1040,21 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     assert again["finished"] and again["steps"] == 2
     card = json.loads((tmp_path / "next/tasks/se/config.json").read_text())["card"]
     assert card["mode"] == "lora" and len(card["earlier"]) == 1
+
+
+def test_codebooks_are_fitted_after_the_step_that_is_asked_for(job_of, monkeypatch):
+    sizes = preset("debug")
+    acoustic = replace(sizes.acoustic, codebook_search="distance", codebook_dim=sizes.acoustic.latent_dim)
+    job = replace(job_of("acoustic", steps=6), system=replace(sizes, acoustic=acoustic))
+    shutil.rmtree(job.folder)
+    fitted = []
+    fit = tok.ResidualVQ.fit
+    monkeypatch.setattr(
+        tok.ResidualVQ, "fit", lambda self, latents, g: fitted.append((len(latents), fit(self, latents, g)))
+    )
+    recipes.train(replace(job, options={"fit_at": 3, "follow": 0.1}))
+    frames = job.settings.frames
+    assert len(fitted) == 1 and 0 < fitted[0][0] <= 4 * frames and fitted[0][1] < 0.5
 
 
 def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):

@@ -202,7 +202,7 @@ class CodecDecoder(nn.Module):
         super().__init__()
         self.quantizer = ResidualVQ(
             config.latent_dim, config.num_quantizers, config.codebook_size, config.codebook_dim, config.commitment,
-            config.codebook_loss_weight,
+            config.codebook_loss_weight, config.codebook_search == "distance",
         )  # fmt: skip
         self.model = Vocos(config)
 
@@ -213,6 +213,8 @@ class AcousticCodec(nn.Module):
     def __init__(self, config: AcousticCodecConfig) -> None:
         super().__init__()
         encoders: dict[str, Any] = {"waveform": CodecEncoder, "mel": MelEncoder}
+        if config.codebook_search not in ("cosine", "distance"):
+            raise MetisError(f"unknown codebook search {config.codebook_search!r}; choose 'cosine' or 'distance'")
         if config.encoder not in encoders:
             raise MetisError(f"unknown acoustic encoder {config.encoder!r}; choose 'waveform' or 'mel'")
         if config.encoder == "waveform" and math.prod(config.strides) != config.hop_size:

@@ -132,15 +132,17 @@ class FactorizedVQ(nn.Module):
     """One codebook, searched by cosine in a low-dimensional projection (arXiv 2306.06546 section 3.3).
 
     The search, the losses and the projections run in fp32 whatever autocast says.  The emitted vector is the
-    un-normalised codebook row, projected out.
+    un-normalised codebook row, projected out.  ``by_distance``: the nearest row, not that of the nearest direction.
     """
 
     idle: Tensor
 
     def __init__(
-        self, dim: int, codebook_size: int, codebook_dim: int, commitment: float, codebook_loss_weight: float
-    ) -> None:
+        self, dim: int, codebook_size: int, codebook_dim: int, commitment: float, codebook_loss_weight: float,
+        by_distance: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.by_distance = by_distance
         self.in_project = WNConv1d(dim, codebook_dim, 1)
         self.out_project = WNConv1d(codebook_dim, dim, 1)
         self.codebook = nn.Embedding(codebook_size, codebook_dim)
@@ -152,8 +154,10 @@ class FactorizedVQ(nn.Module):
 
     def search(self, latents: Tensor) -> Tensor:
         """Nearest codes: latents ``[B, D, T]`` fp32 to codes ``[B, T]``."""
-        flat = F.normalize(latents.transpose(1, 2).reshape(-1, latents.shape[1]))
-        codebook = F.normalize(self.codebook.weight.to(flat.dtype))
+        flat = latents.transpose(1, 2).reshape(-1, latents.shape[1])
+        codebook = self.codebook.weight.to(flat.dtype)
+        if not self.by_distance:
+            flat, codebook = F.normalize(flat), F.normalize(codebook)
         distance = (
             flat.square().sum(1, keepdim=True) - 2 * flat @ codebook.t() + codebook.square().sum(1, keepdim=True).t()
         )
@@ -230,17 +234,12 @@ class ResidualVQ(nn.Module):
     """Residual stack of :class:`FactorizedVQ` (arXiv 2306.06546); with one quantiser a plain VQ."""
 
     def __init__(
-        self,
-        dim: int,
-        num_quantizers: int,
-        codebook_size: int,
-        codebook_dim: int,
-        commitment: float,
-        codebook_loss_weight: float,
-    ) -> None:
+        self, dim: int, num_quantizers: int, codebook_size: int, codebook_dim: int, commitment: float,
+        codebook_loss_weight: float, by_distance: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.quantizers = nn.ModuleList(
-            FactorizedVQ(dim, codebook_size, codebook_dim, commitment, codebook_loss_weight)
+            FactorizedVQ(dim, codebook_size, codebook_dim, commitment, codebook_loss_weight, by_distance)
             for _ in range(num_quantizers)
         )
 
@@ -279,6 +278,34 @@ class ResidualVQ(nn.Module):
         for quantizer, layer in zip(self.quantizers[1:], codes[1:], strict=False):
             output = output + quantizer.codes_to_output(layer)
         return output
+
+    @torch.no_grad()
+    def fit(self, latents: Tensor, generator: torch.Generator | None = None) -> float:
+        """Set all layers anew for ``latents [N, C]``: main axes as projections, codebooks by k-means of what is left.
+
+        For codebooks searched by distance.  Returns the share of the latents' energy that is left over at the end;
+        MetisError where there are fewer latents than codes.
+        """
+        left, size = latents.float(), self.quantizers[0].codebook.num_embeddings
+        if len(left) < size:
+            raise MetisError(f"{len(left)} latents cannot fill {size} codes")
+        for layer in self.quantizers:
+            width = layer.codebook.embedding_dim
+            axes = torch.linalg.eigh(left.t() @ left).eigenvectors[:, -width:]  # [C, D]
+            for conv, weight in ((layer.in_project, axes.t()), (layer.out_project, axes)):
+                conv.weight_v.copy_(weight[..., None])
+                conv.weight_g.copy_(torch.linalg.vector_norm(conv.weight_v, dim=(1, 2), keepdim=True))
+                conv.bias.zero_()
+            inside = left @ axes
+            codes = inside[torch.randperm(len(inside), generator=generator)[:size].to(inside.device)]
+            for _ in range(12):
+                nearest = torch.cdist(inside, codes).argmin(1)
+                count = nearest.bincount(minlength=size)[:, None]
+                means = torch.zeros_like(codes).index_add_(0, nearest, inside) / count.clamp(min=1)
+                codes = torch.where(count > 0, means, codes)
+            layer.codebook.weight.copy_(codes)
+            left = left - codes[torch.cdist(inside, codes).argmin(1)] @ axes.t()
+        return float(left.square().sum() / latents.float().square().sum())
 
     def track_usage(self, on: bool = True) -> None:
         """Start (or stop) counting idle codes in training mode; needed by :meth:`revive`."""

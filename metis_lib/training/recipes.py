@@ -265,7 +265,8 @@ def _semantic(job: Job) -> Built:
 
 def _acoustic(job: Job) -> Built:
     """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
-    ``discriminators`` (``nano`` or ``paper``), ``decoder_only`` (encoder and quantiser stay, so do the tokens)."""
+    ``discriminators`` (``nano`` or ``paper``), ``decoder_only`` (encoder and quantiser stay, so do the tokens),
+    ``fit_at`` (step after which codebooks are fitted by k-means; None: never), ``follow`` (as of the semantic one)."""
     o = job.chosen
     frames = max(1, round(o["seconds"] * 50))
     source = data.Crops(job.waves("train"), frames, job.settings.seed)
@@ -275,7 +276,8 @@ def _acoustic(job: Job) -> Built:
         critics = NANO if o["discriminators"] == "nano" else DiscriminatorConfig()
     objective = tok.AcousticTraining(
         job.system.acoustic, discriminators=critics, adversarial_from=o["adversarial_from"] or 0,
-        convergence=o["convergence"], decoder_only=o["decoder_only"], check=held_out,
+        convergence=o["convergence"], decoder_only=o["decoder_only"], fit_at=o["fit_at"],
+        follow=o["follow"], check=held_out,
     )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.acoustic}
 
@@ -386,6 +388,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "adversarial_from": None,
         "discriminators": "nano",
         "decoder_only": False,
+        "fit_at": None,
+        "follow": 0.0,
     },
     "stage1": {"floor": 0.0, "longest": 600},
     "stage2_layer1": {"longest": 600},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -291,14 +292,22 @@ class AcousticTraining(Objective):
 
     The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
     ``convergence`` (spectral convergence) is ours; 0 leaves it out.  ``decoder_only``: encoder and quantiser stay, and
-    with them all tokens; only their decoder learns.  Batches: :class:`~metis_lib.training.data.Crops`.
+    with them all tokens; only their decoder learns.  After step ``fit_at`` the quantiser is fitted to what the encoder
+    gave in the last ``FITTED`` steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the
+    way to the mean of their latents (in one process alone).  Batches:
+    :class:`~metis_lib.training.data.Crops`.
     """
+
+    FITTED, IDLE = 60, 50
 
     def __init__(
         self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
-        adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, check: Sequence[Batch] = (),
+        adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, fit_at: int | None = None,
+        follow: float = 0.0, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
+        self.fit_at, self.follow = fit_at, follow
+        self.latents = deque[Tensor](maxlen=self.FITTED)
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
         self.decoder_only = decoder_only
         if decoder_only:
@@ -338,6 +347,9 @@ class AcousticTraining(Objective):
             out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
         else:
             out = self.codec(wav)
+            if self.fit_at is not None and self.training and self.now <= self.fit_at < self.now + self.FITTED:
+                with torch.no_grad():
+                    self.latents.append(self.codec.encoder(wav).transpose(1, 2).flatten(0, 1).float())
         mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
         terms = {"mel": mel.sum(), "convergence": convergence.sum()}
         if not self.decoder_only:
@@ -351,10 +363,22 @@ class AcousticTraining(Objective):
         return terms
 
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
-        """Revive idle codes every 10 steps, not in the last tenth of the run."""
+        """Fit the codebooks when it is time; let codes follow; revive idle ones, not in the last tenth of the run."""
         self.made.clear()
-        if not self.decoder_only and step % 10 == 9 and step < settings.steps * 0.9:
-            revive(self.codec.decoder.quantizer, 10, step, fabric, settings)
+        if self.decoder_only:
+            return
+        quantizer, alone = self.codec.decoder.quantizer, fabric.world_size == 1
+        if step == self.fit_at:
+            quantizer.fit(torch.cat([*self.latents]), torch_chance(settings.seed, step, 4))
+            if not alone:
+                for p in quantizer.parameters():
+                    p.data.copy_(fabric.broadcast(p.data))
+            self.latents.clear()
+        if self.follow and alone:
+            for layer in quantizer.quantizers:
+                layer.follow(self.follow)
+        if step % 10 == 9 and step < settings.steps * 0.9:
+            revive(quantizer, self.IDLE, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:
         """``mel`` and ``convergence`` of held-out crops, and the part of the codes in use."""

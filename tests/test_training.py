@@ -1052,7 +1052,7 @@ def test_codebooks_are_fitted_after_the_step_that_is_asked_for(job_of, monkeypat
     monkeypatch.setattr(
         tok.ResidualVQ, "fit", lambda self, latents, g: fitted.append((len(latents), fit(self, latents, g)))
     )
-    recipes.train(replace(job, options={"fit_at": 3, "follow": 0.1}))
+    recipes.train(replace(job, options={"fit_every": 4, "follow": 0.1}))
     frames = job.settings.frames
     assert len(fitted) == 1 and 0 < fitted[0][0] <= 4 * frames and fitted[0][1] < 0.5
 

@@ -266,7 +266,7 @@ def _semantic(job: Job) -> Built:
 def _acoustic(job: Job) -> Built:
     """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
     ``discriminators`` (``nano`` or ``paper``), ``decoder_only`` (encoder and quantiser stay, so do the tokens),
-    ``fit_at`` (step after which codebooks are fitted by k-means; None: never), ``follow`` (as of the semantic one)."""
+    ``fit_every`` (steps between fits of the codebooks by k-means; None: none), ``follow`` (as of the semantic one)."""
     o = job.chosen
     frames = max(1, round(o["seconds"] * 50))
     source = data.Crops(job.waves("train"), frames, job.settings.seed)
@@ -276,7 +276,7 @@ def _acoustic(job: Job) -> Built:
         critics = NANO if o["discriminators"] == "nano" else DiscriminatorConfig()
     objective = tok.AcousticTraining(
         job.system.acoustic, discriminators=critics, adversarial_from=o["adversarial_from"] or 0,
-        convergence=o["convergence"], decoder_only=o["decoder_only"], fit_at=o["fit_at"],
+        convergence=o["convergence"], decoder_only=o["decoder_only"], fit_every=o["fit_every"],
         follow=o["follow"], check=held_out,
     )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.acoustic}
@@ -388,7 +388,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "adversarial_from": None,
         "discriminators": "nano",
         "decoder_only": False,
-        "fit_at": None,
+        "fit_every": None,
         "follow": 0.0,
     },
     "stage1": {"floor": 0.0, "longest": 600},

@@ -292,9 +292,9 @@ class AcousticTraining(Objective):
 
     The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
     ``convergence`` (spectral convergence) is ours; 0 leaves it out.  ``decoder_only``: encoder and quantiser stay, and
-    with them all tokens; only their decoder learns.  After step ``fit_at`` the quantiser is fitted to what the encoder
-    gave in the last ``FITTED`` steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the
-    way to the mean of their latents (in one process alone).  Batches:
+    with them all tokens; only their decoder learns.  Every ``fit_every`` steps, not in the last fifth of the run, the
+    quantiser is fitted to what the encoder gave in the last ``FITTED`` steps (by gradients alone it hardly finds good
+    codes); codes move by ``follow`` of the way to the mean of their latents (in one process alone).  Batches:
     :class:`~metis_lib.training.data.Crops`.
     """
 
@@ -302,11 +302,11 @@ class AcousticTraining(Objective):
 
     def __init__(
         self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
-        adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, fit_at: int | None = None,
+        adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, fit_every: int | None = None,
         follow: float = 0.0, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.fit_at, self.follow = fit_at, follow
+        self.fit_every, self.follow = fit_every, follow
         self.latents = deque[Tensor](maxlen=self.FITTED)
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
         self.decoder_only = decoder_only
@@ -347,7 +347,7 @@ class AcousticTraining(Objective):
             out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
         else:
             out = self.codec(wav)
-            if self.fit_at is not None and self.training and self.now <= self.fit_at < self.now + self.FITTED:
+            if self.fit_every and self.training and self.now % self.fit_every >= self.fit_every - self.FITTED:
                 with torch.no_grad():
                     self.latents.append(self.codec.encoder(wav).transpose(1, 2).flatten(0, 1).float())
         mel, convergence = multi_scale_mel_losses(out["recon"], wav, self.codec.config.sample_rate)
@@ -368,7 +368,7 @@ class AcousticTraining(Objective):
         if self.decoder_only:
             return
         quantizer, alone = self.codec.decoder.quantizer, fabric.world_size == 1
-        if step == self.fit_at:
+        if self.fit_every and (step + 1) % self.fit_every == 0 and step < settings.steps * 0.8:
             quantizer.fit(torch.cat([*self.latents]), torch_chance(settings.seed, step, 4))
             if not alone:
                 for p in quantizer.parameters():

@@ -99,6 +99,12 @@ def test_durations_follow_the_peaks_of_ctc():
     assert found.tolist() == [6, 6, 6, 9] and found.sum() == frames
 
 
+def test_durations_of_many_phones_sum_up():
+    scores = np.log(np.random.default_rng(0).dirichlet(np.ones(41), 600))
+    found = ctc_durations(scores, list(range(40)) * 4)
+    assert found.sum() == 600 and len(found) == 160 and found.min() > 0
+
+
 def test_durations_of_what_cannot_fit_are_even():
     found = ctc_durations(np.zeros((3, 6)), [1, 1, 1, 2])
     assert found.sum() == 3 and len(found) == 4

@@ -39,7 +39,7 @@ def ctc_durations(log_probs: np.ndarray, phones: Sequence[int]) -> np.ndarray:
     path = np.empty(frames, np.int64)
     for t in range(frames - 1, -1, -1):
         path[t] = state
-        state -= steps[t, state]
+        state -= int(steps[t, state])
     first = np.searchsorted(path, 2 * np.arange(count) + 1)
     last = np.searchsorted(path, 2 * np.arange(count) + 1, side="right")
     edges = (last[:-1] + first[1:] + 1) // 2

@@ -29,9 +29,11 @@ from metis_lib.training import recipes
 from recipes.claims import probes
 from recipes.claims.arms import Arm, Lab, result_of
 
+TOGETHER = 12
+"""Items that are made together."""
 STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 50)
 
-Make = Callable[[Item, int], Speech]
+Make = Callable[[Sequence[Item], int], list[Speech]]
 
 
 @dataclass(frozen=True)
@@ -129,14 +131,16 @@ def _clips(lab: Lab, name: str, variant: str, folder: Path) -> list[tuple[Item, 
     for seed in lab.seeds:
         make: Make | None = None
         for item in items_of(lab, studies(lab)[name].task):
-            path = folder / f"{item.id}.seed{seed}.flac"
-            if not path.is_file():
-                make = make or maker(lab, name, variant, seed)
+            made.append((item, seed, folder / f"{item.id}.seed{seed}.flac"))
+        missing = [(item, path) for item, of, path in made if of == seed and not path.is_file()]
+        for first in range(0, len(missing), TOGETHER):
+            make = make or maker(lab, name, variant, seed)
+            some = missing[first : first + TOGETHER]
+            for speech, (_, path) in zip(make([item for item, _ in some], seed), some, strict=True):
                 part = path.with_name(f".{path.stem}.part.flac")
                 part.parent.mkdir(parents=True, exist_ok=True)
-                make(item, seed).save(part)
+                speech.save(part)
                 part.replace(path)
-            made.append((item, seed, path))
     return made
 
 
@@ -157,7 +161,7 @@ def maker(lab: Lab, name: str, variant: str, seed: int) -> Make:
         raise MetisError(f"{name} needs the task {task}, which {system.name} lacks")
     ending = {"untold": OMNI, "omni": OMNI, "told": TOLD}.get(variant, "")
 
-    def make(item: Item, seed: int) -> Speech:
+    def one(item: Item, seed: int) -> Speech:
         prompt = None if item.prompt is None else str(item.prompt)
         if variant == "continued":
             seconds = len(audio.load(str(item.clean), AUDIO_RATE)) / AUDIO_RATE
@@ -165,9 +169,13 @@ def maker(lab: Lab, name: str, variant: str, seed: int) -> Make:
         if name in ("alone", "steps-stage2"):  # what was really said, by the same stage 2
             said = metis.decode_tokens(metis.tokens(str(item.clean))["ssl"], prompt, seed=seed, **options)
             return replace(said, wav=said.wav.flip(0)) if variant == "reversed" else said
-        if variant == "direct":
-            return metis.decode_tokens(metis.tokens(str(item.noisy))["ssl"], seed=seed)
-        return metis.generate(study.task, [_ask(item, ending)], seed=seed, **options)[0]
+        return metis.decode_tokens(metis.tokens(str(item.noisy))["ssl"], seed=seed)
+
+    def make(items: Sequence[Item], seed: int) -> list[Speech]:
+        if name in ("alone", "steps-stage2") or variant == "direct":
+            return [one(item, seed) for item in items]
+        found: list[Speech] = metis.generate(study.task, [_ask(item, ending) for item in items], seed=seed, **options)
+        return found
 
     return make
 

@@ -165,15 +165,18 @@ class Stage1Training(Objective):
         return {name: (self.voice(tokens), AUDIO_RATE) for name, tokens in both.items()}
 
 
-def task_model(base_config: Stage1Config, base: dict[str, Tensor], config: TaskConfig) -> Stage1:
-    """A stage 1 with the task's modules on top of pre-trained weights, LoRA layers in place where asked for."""
+def task_model(base_config: Stage1Config, base: dict[str, Tensor], config: TaskConfig, dropout: float = 0.01) -> Stage1:
+    """A stage 1 with the task's modules on top of pre-trained weights, LoRA layers in place where asked for.
+
+    ``dropout`` before LoRA, as published; on a CPU it takes a third of a small model's step.
+    """
     model = Stage1(replace(base_config, **config.stage1))
     unknown = sorted(set(base) - set(model.state_dict()))
     if unknown:
         raise MetisError(f"the base has {len(unknown)} weights that the task's model lacks, the first is {unknown[0]}")
     model.load_state_dict(base, strict=False)
     if config.lora_rank:
-        adapt.add_lora(model, config.lora_rank)
+        adapt.add_lora(model, config.lora_rank, dropout=dropout)
     return model
 
 

@@ -316,14 +316,15 @@ def _lips(job: Job) -> Built:
 
 def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
-    shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew)."""
+    shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew),
+    ``dropout`` (before LoRA)."""
     entry, o = task(job.model), job.chosen
     told = o["text_hint"] != "none" and entry.takes_text
     hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
     config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
-    model = gen.task_model(base_config, base, config)
+    model = gen.task_model(base_config, base, config, o["dropout"])
     gen.choose_trained(model, base, job.mode)
     texts = job.model == "tts" and (job.shards is not None or not o["audio"])
     frozen = None if texts else job.frozen
@@ -395,7 +396,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stage2_layer1": {"longest": 600},
     "stage2_full": {"longest": 600},
     "lips": {},
-    **{name: {"longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0} for name in TASKS},
+    **{
+        name: {"longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0, "dropout": 0.01}
+        for name in TASKS
+    },
 }
 """What each model's builder can be told, with what holds otherwise."""
 

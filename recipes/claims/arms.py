@@ -120,7 +120,7 @@ class Lab:
 
     def job(self, task: str, seed: int = 0, passes: int = 0) -> recipes.Job:
         """The recipe's job of a task in the system, which is only read."""
-        options = {"passes": passes, "text_hint": "even"} if task in TASKS else {}
+        options = {"passes": passes, "text_hint": "even", "dropout": 0.0} if task in TASKS else {}
         return recipes.Job(task, self.sizes, self.system, self.settings(self.tokens, seed), self.manifest,
                            options=options)  # fmt: skip
 
@@ -313,7 +313,7 @@ def build(lab: Lab, arm: Arm) -> tuple[Stage1, dict[str, Tensor], TaskConfig]:
     hint = {"text_hint": "even"} if entry.takes_text else {}
     config = TaskConfig(arm.task, entry.changes(lab.sizes, phone_vocab=PhoneTokenizer().size, **hint), arm.rank)
     torch.manual_seed(arm.seed + 1)
-    return gen.task_model(lab.sizes.stage1, base, config), base, config
+    return gen.task_model(lab.sizes.stage1, base, config, 0.0), base, config
 
 
 def key_of(lab: Lab, arm: Arm) -> str:

@@ -292,10 +292,10 @@ class AcousticTraining(Objective):
 
     The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
     ``convergence`` (spectral convergence) is ours; 0 leaves it out.  ``decoder_only``: encoder and quantiser stay, and
-    with them all tokens; only their decoder learns.  Every ``fit_every`` steps, not in the last fifth of the run, the
-    quantiser is fitted to what the encoder gave in the last ``FITTED`` steps (by gradients alone it hardly finds good
-    codes); codes move by ``follow`` of the way to the mean of their latents (in one process alone).  Batches:
-    :class:`~metis_lib.training.data.Crops`.
+    with them all tokens; only their decoder learns, half of the time from the first ``fewest`` or more layers.  Every
+    ``fit_every`` steps, not in the last fifth of the run, the quantiser is fitted to what the encoder gave in the last
+    ``FITTED`` steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the way to the mean
+    of their latents (in one process alone).  Batches: :class:`~metis_lib.training.data.Crops`.
     """
 
     FITTED, IDLE = 60, 50
@@ -303,10 +303,10 @@ class AcousticTraining(Objective):
     def __init__(
         self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
         adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, fit_every: int | None = None,
-        follow: float = 0.0, check: Sequence[Batch] = (),
+        follow: float = 0.0, fewest: int = 0, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.fit_every, self.follow = fit_every, follow
+        self.fit_every, self.follow, self.fewest = fit_every, follow, fewest
         self.latents = deque[Tensor](maxlen=self.FITTED)
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
         self.decoder_only = decoder_only
@@ -342,8 +342,9 @@ class AcousticTraining(Objective):
             assert self.critics is not None
             return {"critics": discriminator_loss(self.critics(wav), self.critics(self.made.pop(0))).sum()}
         if self.decoder_only:
-            codes = self.codec.encode(wav).permute(2, 0, 1)
-            made = self.codec.decoder.model(self.codec.decoder.quantizer.vq2emb(codes))
+            with torch.no_grad():
+                found = self.codec.decoder.quantizer(self.codec.encoder(wav), self._layers(len(wav)))
+            made = self.codec.decoder.model(found.output.detach())
             out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
         else:
             out = self.codec(wav)
@@ -361,6 +362,12 @@ class AcousticTraining(Objective):
                 real = self.critics(wav)
             terms |= {"adversarial": adversarial_loss(fake).sum(), "features": feature_matching_loss(real, fake).sum()}
         return terms
+
+    def _layers(self, count: int) -> Tensor:
+        """How many layers of each crop are heard: all, of half of them only the first ``fewest`` or more."""
+        whole = self.codec.config.num_quantizers
+        fewer = torch.randint(self.fewest or whole, whole + 1, (count,))
+        return torch.where(torch.rand(count) < 0.5, fewer, torch.full_like(fewer, whole))
 
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Fit the codebooks when it is time; let codes follow; revive idle ones, not in the last tenth of the run."""

@@ -211,7 +211,7 @@ def run(
     for r, tokens in zip(requests, trace.tokens, strict=True):
         before = [pair for pair in (r.voice and (r.voice.tokens, r.voice.codes), r.carry) if pair]
         said.append(torch.cat([*(pair[0] for pair in before), tokens[r.skip : r.frames]]))
-        given.append(torch.cat([empty.new_zeros(0, count), *(pair[1] for pair in before)]))
+        given.append(torch.cat([empty.new_zeros(0, count), *(pair[1][:, :count] for pair in before)]))
     cuts = [len(codes) for codes in given]
     lengths = torch.tensor([len(s) - cut for s, cut in zip(said, cuts, strict=True)], device=device)
     if int(lengths.min()) < 1:

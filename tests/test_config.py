@@ -67,7 +67,7 @@ def test_codecs_have_the_released_size():
 def test_presets_survive_json(name):
     system = preset(name)
     assert system.name == name and from_dict(SystemConfig, json.loads(json.dumps(to_dict(system)))) == system
-    assert system.acoustic.num_quantizers == system.stage2_full.num_quantizers == 12
+    assert 2 < system.stage2_full.num_quantizers <= system.acoustic.num_quantizers == 12  # nano makes the first six
     assert system.stage1.codebook_size == system.semantic.codebook_size
     assert system.semantic.hidden_size == system.ssl.hidden_size == system.stage1.cond_dim
 

@@ -265,11 +265,13 @@ class AcousticCodec(nn.Module):
             pieces.append(wav[:, left * self.config.hop_size :][:, : chunk * self.config.hop_size])
         return torch.cat(pieces, dim=1) if pieces else self.decode(codes)
 
-    def draw_layers(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        """Quantiser dropout ``[batch]``: with probability ``quantizer_dropout`` 1..Q layers, else Q."""
+    def draw_layers(
+        self, batch: int, generator: torch.Generator | None = None, *, fewest: int = 1, share: float | None = None
+    ) -> Tensor:  # fmt: skip
+        """Quantiser dropout ``[batch]``: with probability ``share`` (of the configuration) fewest..Q layers, else Q."""
         count = self.config.num_quantizers
-        fewer = torch.randint(1, count + 1, (batch,), generator=generator)
-        drop = torch.rand(batch, generator=generator) < self.config.quantizer_dropout
+        fewer = torch.randint(fewest, count + 1, (batch,), generator=generator)
+        drop = torch.rand(batch, generator=generator) < (self.config.quantizer_dropout if share is None else share)
         return torch.where(drop, fewer, torch.full_like(fewer, count))
 
     def forward(self, wav: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:

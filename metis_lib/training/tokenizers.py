@@ -295,7 +295,8 @@ class AcousticTraining(Objective):
     with them all tokens; only their decoder learns, half of the time from the first ``fewest`` or more layers.  Every
     ``fit_every`` steps, not in the last fifth of the run, the quantiser is fitted to what the encoder gave in the last
     ``FITTED`` steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the way to the mean
-    of their latents (in one process alone).  Batches: :class:`~metis_lib.training.data.Crops`.
+    of their latents (in one process alone).  A run that is resumed within those steps passes over that fit.
+    Batches: :class:`~metis_lib.training.data.Crops`.
     """
 
     FITTED, IDLE = 60, 50
@@ -313,7 +314,7 @@ class AcousticTraining(Objective):
         if decoder_only:
             self.codec.requires_grad_(False).decoder.model.requires_grad_(True)
         self.critics = Discriminators(discriminators) if discriminators else None
-        self.codec.track_usage()
+        self.codec.track_usage(not decoder_only)
         self.weights = {
             "mel": 10.0, "convergence": convergence, "vq": 1.0, "adversarial": 2.0, "features": 2.0, "critics": 1.0,
         }  # fmt: skip
@@ -343,7 +344,8 @@ class AcousticTraining(Objective):
             return {"critics": discriminator_loss(self.critics(wav), self.critics(self.made.pop(0))).sum()}
         if self.decoder_only:
             with torch.no_grad():
-                found = self.codec.decoder.quantizer(self.codec.encoder(wav), self._layers(len(wav)))
+                layers = self.codec.draw_layers(len(wav), fewest=self.fewest or 1, share=0.5 if self.fewest else 0.0)
+                found = self.codec.decoder.quantizer(self.codec.encoder(wav), layers)
             made = self.codec.decoder.model(found.output.detach())
             out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
         else:
@@ -363,19 +365,15 @@ class AcousticTraining(Objective):
             terms |= {"adversarial": adversarial_loss(fake).sum(), "features": feature_matching_loss(real, fake).sum()}
         return terms
 
-    def _layers(self, count: int) -> Tensor:
-        """How many layers of each crop are heard: all, of half of them only the first ``fewest`` or more."""
-        whole = self.codec.config.num_quantizers
-        fewer = torch.randint(self.fewest or whole, whole + 1, (count,))
-        return torch.where(torch.rand(count) < 0.5, fewer, torch.full_like(fewer, whole))
-
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Fit the codebooks when it is time; let codes follow; revive idle ones, not in the last tenth of the run."""
         self.made.clear()
         if self.decoder_only:
             return
         quantizer, alone = self.codec.decoder.quantizer, fabric.world_size == 1
-        if self.fit_every and (step + 1) % self.fit_every == 0 and step < settings.steps * 0.8:
+        every = self.fit_every or 0
+        due = every and (step + 1) % every == 0 and step < settings.steps * 0.8
+        if due and len(self.latents) == min(self.FITTED, every):  # fewer: the run was resumed meanwhile
             quantizer.fit(torch.cat([*self.latents]), torch_chance(settings.seed, step, 4))
             if not alone:
                 for p in quantizer.parameters():

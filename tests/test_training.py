@@ -1061,13 +1061,15 @@ def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):
     job = job_of("acoustic", steps=30)
     recipes.train(job)
     before = recipes.load_state(job.folder)
-    again = replace(job, options={"decoder_only": True, "fewest": 3}, settings=replace(job.settings, steps=60, lr=2e-3))
+    learns = {"decoder_only": True, "dropout": [0.5, 3, 12]}
+    again = replace(job, options=learns, settings=replace(job.settings, steps=60, lr=2e-3))
     objective, source, _ = recipes.BUILD["acoustic"](again)
+    objective.eval()  # all layers are heard
     batch = data.Feed(source, again.settings).held_out(1)[0]
     errors = []
     recipes._warm(again, objective)
     errors.append(float(objective(batch)["mel"].detach()))
-    codes = objective.codec.eval().encode(batch["wav"])
+    codes = objective.codec.encode(batch["wav"])
     shutil.rmtree(job.out / "runs")
     recipes.train(again)
     after = recipes.load_state(job.folder)
@@ -1077,6 +1079,21 @@ def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):
     errors.append(float(objective(batch)["mel"].detach()))
     assert errors[1] < 0.97 * errors[0]
     assert torch.equal(objective.codec.encode(batch["wav"]), codes)
+
+
+def test_layers_are_dropped_as_the_option_says_and_only_in_training(monkeypatch):
+    objective = tok.AcousticTraining(preset("debug").acoustic, dropout=(0.6, 2, 5))
+    quantizer, seen = objective.codec.decoder.quantizer, []
+    forward = quantizer.forward
+    monkeypatch.setattr(
+        quantizer, "forward", lambda z, layers=None, **more: seen.append(layers) or forward(z, layers, **more)
+    )
+    batch = {"wav": 0.1 * torch.randn(60, 4800, generator=torch.Generator().manual_seed(0))}
+    objective.train()(batch)
+    objective.eval()(batch)
+    heard = seen[0].bincount(minlength=13)
+    assert heard[2:6].min() > 0 and 20 <= heard[2:6].sum() <= 50
+    assert heard[2:6].sum() + heard[12] == 60 and seen[1] is None
 
 
 def test_unknown_options_and_settings_are_named(job_of):

@@ -266,22 +266,28 @@ class AcousticCodec(nn.Module):
         return torch.cat(pieces, dim=1) if pieces else self.decode(codes)
 
     def draw_layers(
-        self, batch: int, generator: torch.Generator | None = None, *, fewest: int = 1, share: float | None = None
+        self, batch: int, generator: torch.Generator | None = None, *, share: float | None = None, fewest: int = 1,
+        most: int | None = None,
     ) -> Tensor:  # fmt: skip
-        """Quantiser dropout ``[batch]``: with probability ``share`` (of the configuration) fewest..Q layers, else Q."""
+        """Quantiser dropout ``[batch]``: with probability ``share`` (of the configuration) ``fewest`` to ``most`` (Q)
+        layers, all of them else."""
         count = self.config.num_quantizers
-        fewer = torch.randint(fewest, count + 1, (batch,), generator=generator)
+        fewer = torch.randint(fewest, (most or count) + 1, (batch,), generator=generator)
         drop = torch.rand(batch, generator=generator) < (self.config.quantizer_dropout if share is None else share)
         return torch.where(drop, fewer, torch.full_like(fewer, count))
 
-    def forward(self, wav: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Reconstruct ``wav [B, S]``; in training mode with quantiser dropout (``generator`` on the CPU).
+    def forward(
+        self, wav: Tensor, generator: torch.Generator | None = None, layers: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Reconstruct ``wav [B, S]`` from the first ``layers [B]``; by default all, and in training mode with quantiser
+        dropout (``generator`` on the CPU).
 
         Returns ``recon [B, S]`` fp32, ``codes [B, T, Q]`` and the scalars ``commit_loss`` and
         ``codebook_loss``, summed over the layers, with their weights.
         """
         self._check(wav)
-        layers = self.draw_layers(len(wav), generator) if self.training else None
+        if layers is None and self.training:
+            layers = self.draw_layers(len(wav), generator)
         latent = self.encoder(wav)
         found = self.decoder.quantizer(latent, layers)
         recon = self.decoder.model(found.output.to(latent.dtype))[:, : wav.shape[1]]

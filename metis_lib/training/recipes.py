@@ -266,8 +266,8 @@ def _semantic(job: Job) -> Built:
 def _acoustic(job: Job) -> Built:
     """Options: ``seconds`` of a crop, ``convergence`` (weight), ``adversarial_from`` (step; None: never),
     ``discriminators`` (``nano`` or ``paper``), ``fit_every`` (steps between fits of the codebooks by k-means; None:
-    none), ``follow`` (as of the semantic one), ``decoder_only`` (encoder and quantiser stay, so do the tokens;
-    ``fewest`` layers that it is to make do with)."""
+    none), ``follow`` (as of the semantic one), ``decoder_only`` (encoder and quantiser stay, so do the tokens),
+    ``dropout`` (of layers, in place of the configuration's: share, fewest, most)."""
     o = job.chosen
     frames = max(1, round(o["seconds"] * 50))
     source = data.Crops(job.waves("train"), frames, job.settings.seed)
@@ -278,7 +278,7 @@ def _acoustic(job: Job) -> Built:
     objective = tok.AcousticTraining(
         job.system.acoustic, discriminators=critics, adversarial_from=o["adversarial_from"] or 0,
         convergence=o["convergence"], decoder_only=o["decoder_only"], fit_every=o["fit_every"],
-        follow=o["follow"], fewest=o["fewest"], check=held_out,
+        follow=o["follow"], dropout=o["dropout"], check=held_out,
     )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.acoustic}
 
@@ -392,7 +392,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "decoder_only": False,
         "fit_every": None,
         "follow": 0.0,
-        "fewest": 0,
+        "dropout": None,
     },
     "stage1": {"floor": 0.0, "longest": 600},
     "stage2_layer1": {"longest": 600},

@@ -292,10 +292,11 @@ class AcousticTraining(Objective):
 
     The weights are the paper's: rec 10, adv 2, feat 2, codebook 1, commit 0.25 (the last two inside the codec).
     ``convergence`` (spectral convergence) is ours; 0 leaves it out.  ``decoder_only``: encoder and quantiser stay, and
-    with them all tokens; only their decoder learns, half of the time from the first ``fewest`` or more layers.  Every
-    ``fit_every`` steps, not in the last fifth of the run, the quantiser is fitted to what the encoder gave in the last
-    ``FITTED`` steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the way to the mean
-    of their latents (in one process alone).  A run that is resumed within those steps passes over that fit.
+    with them all tokens; only their decoder learns.  ``dropout``: quantiser dropout as (share, fewest, most) instead of
+    the configuration's; heard from few layers, the encoder puts what matters into the first ones.  Every ``fit_every``
+    steps, not in the last fifth of the run, the quantiser is fitted to what the encoder gave in the last ``FITTED``
+    steps (by gradients alone it hardly finds good codes); codes move by ``follow`` of the way to the mean of their
+    latents (in one process alone).  A run that is resumed within those steps passes over that fit.
     Batches: :class:`~metis_lib.training.data.Crops`.
     """
 
@@ -304,10 +305,10 @@ class AcousticTraining(Objective):
     def __init__(
         self, config: AcousticCodecConfig, *, discriminators: DiscriminatorConfig | None = None,
         adversarial_from: int = 0, convergence: float = 0.0, decoder_only: bool = False, fit_every: int | None = None,
-        follow: float = 0.0, fewest: int = 0, check: Sequence[Batch] = (),
+        follow: float = 0.0, dropout: Sequence[float] | None = None, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        self.fit_every, self.follow, self.fewest = fit_every, follow, fewest
+        self.fit_every, self.follow, self.dropout = fit_every, follow, dropout
         self.latents = deque[Tensor](maxlen=self.FITTED)
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
         self.decoder_only = decoder_only
@@ -342,14 +343,17 @@ class AcousticTraining(Objective):
         if part == "critics":
             assert self.critics is not None
             return {"critics": discriminator_loss(self.critics(wav), self.critics(self.made.pop(0))).sum()}
+        layers = None
+        if self.dropout is not None and self.training:
+            share, fewest, most = self.dropout
+            layers = self.codec.draw_layers(len(wav), share=share, fewest=int(fewest), most=int(most))
         if self.decoder_only:
             with torch.no_grad():
-                layers = self.codec.draw_layers(len(wav), fewest=self.fewest or 1, share=0.5 if self.fewest else 0.0)
                 found = self.codec.decoder.quantizer(self.codec.encoder(wav), layers)
             made = self.codec.decoder.model(found.output.detach())
             out = {"recon": F.pad(made, (0, max(0, wav.shape[1] - made.shape[1])))[:, : wav.shape[1]]}
         else:
-            out = self.codec(wav)
+            out = self.codec(wav, layers=layers)
             if self.fit_every and self.training and self.now % self.fit_every >= self.fit_every - self.FITTED:
                 with torch.no_grad():
                     self.latents.append(self.codec.encoder(wav).transpose(1, 2).flatten(0, 1).float())

@@ -158,6 +158,32 @@ def test_text_is_dropped_with_the_prompt(job_of):
     assert torch.equal(batch["phone_mask"], batch["phones"] != source.tokenizer.pad_id)
 
 
+def test_a_text_may_follow_another_sentence_of_the_speaker(job_of):
+    """The prompt is then a whole recording: its tokens and phones come first, and nothing of it is asked for."""
+    job = job_of("tts")
+    plain, joined = (data.Tokens(job.tokens("train"), text=True, joined=share) for share in (0.0, 1.0))
+    items = np.flatnonzero(plain.lengths).tolist()
+    alone, after = (source.batch(items, epoch=0, step=0) for source in (plain, joined))
+    records = [joined.shards.record(i) for i in items]
+    several = [r for r in records if sum(o["speaker"] == r["speaker"] for o in records) > 1]
+    found = 0
+    for row in range(len(items)):
+        n, m, start = (int(x) for x in (alone["lengths"][row], after["lengths"][row], after["prompt"][row]))
+        if m == n:
+            continue
+        found += 1
+        assert start == m - n and not after["hidden"][row, :start].any() and after["hidden"][row, start:m].any()
+        assert torch.equal(after["tokens"][row, start:m], alone["tokens"][row, :n])
+        own, both = (b["phones"][row][b["phone_mask"][row]].tolist() for b in (alone, after))
+        assert both[-len(own) :] == own and len(both) > len(own)
+        before = [
+            o for o in records
+            if o["speaker"] == records[row]["speaker"] and o["frames"] == start and o["id"] != records[row]["id"]
+        ]  # fmt: skip
+        assert before
+    assert 0 < found <= len(several)
+
+
 def test_prompts_of_the_audio_tasks_are_never_asked_for(job_of):
     for model in ("tse", "vc"):
         _, source, _ = recipes.BUILD[model](job_of(model))
@@ -388,6 +414,22 @@ def test_overfits_one_batch(job_of, tmp_path, model):
     key = {"ssl": "ctc", "lips": "ctc", "semantic": "recon_l1", "acoustic": "mel"}.get(model, "loss")
     part = {"acoustic": 0.55, "semantic": 0.85, "lips": 0.75, "ssl": 0.6}.get(model, 0.6)
     assert lines[-1][key] < part * lines[0][key]
+
+
+def test_tokens_learn_to_tell_the_sound(job_of, tmp_path):
+    """With ``sound`` the filterbanks can be read off what the tokens stand for, and the codec itself learns from it."""
+    job = replace(job_of("semantic", frames=200, steps=120, warmup=10, lr=1e-2, log_every=10), options={"sound": 50.0})
+    objective, source, _ = recipes.BUILD["semantic"](job)
+    objective.check = ()
+    batch = source.batch(np.flatnonzero(source.lengths)[:2].tolist(), epoch=0, step=2)
+    objective.train()(batch)["sound"].backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.codec.encoder.parameters())
+    objective.zero_grad()
+    loop.fit(objective, Repeat(batch), job.settings, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["sound"] < 0.7 * lines[0]["sound"]
+    objective.check = [batch]
+    assert 0 < objective.eval().validate()["sound"] < 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

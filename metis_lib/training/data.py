@@ -12,10 +12,11 @@ import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -341,7 +342,9 @@ class Tokens:
     A batch: ``tokens [B, T]`` (SSL), ``lengths [B]``, ``t [B]``, ``prompt [B]``, ``hidden [B, T]``; with ``text`` also
     :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with ``timed``
     (durations by id) the hint follows them and ``durations [B, L]`` are there; with
-    ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.
+    ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.  With probability
+    ``joined`` another recording of the speaker (of at most ``JOINED`` frames) stands before one with text, as its
+    prompt: a whole sentence, as generation has it; a batch may then have more frames than it was planned for.
     """
 
     shards: Shards
@@ -353,7 +356,10 @@ class Tokens:
     longest: int = 600
     seed: int = 0
     timed: Mapping[str, np.ndarray] | None = None
+    joined: float = 0.0
     tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
+
+    JOINED: ClassVar[int] = 250
 
     def __post_init__(self) -> None:
         frames, self.ends = self.shards.lengths(), self.shards.ends
@@ -361,6 +367,17 @@ class Tokens:
         if self.text:  # of a cut recording nobody knows which words are left
             worded = np.array([0 < len(self._ids(self.shards.record(i))) < 400 for i in range(len(frames))])
             self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
+        self.voices: dict[str, list[int]] = {}
+        for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist() if self.joined else ():
+            self.voices.setdefault(self.shards.record(i).get("speaker", ""), []).append(i)
+        self.voices.pop("", None)
+
+    def _before(self, i: int, epoch: int) -> list[int]:
+        """The recording that recording ``i`` is said after, or none."""
+        rng = chance(self.seed, epoch, i, 4)
+        others = self.voices.get(self.shards.record(i).get("speaker", ""), [i])
+        found = others[int(rng.integers(len(others)))]
+        return [found] if rng.random() < self.joined and found != i else []
 
     def _ids(self, record: dict[str, Any]) -> list[int]:
         return [self.tokenizer.vocab[p] for p in record.get("phones", ()) if p in self.tokenizer.vocab]
@@ -368,19 +385,25 @@ class Tokens:
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         told = self.text and chance(self.seed, step, 1).random() >= self.dropout
         masking = self.masking if told or not self.text else replace(self.masking, prompt_probability=0.0)
-        arrays, masks, ids = [], [], []
-        for i in items:
-            record, tokens, *_ = self.shards[i]
+        arrays, masks = [], []
+        groups = [[*(self._before(int(i), epoch) if told and self.joined else []), int(i)] for i in items]
+        for *before, i in groups:
+            tokens = self.shards[i][1]
             first = int(chance(self.seed, epoch, i, 1).integers(max(len(tokens) - self.longest, 0) + 1))
-            arrays.append(torch.from_numpy(tokens[first : first + self.longest].astype(np.int64)))
-            length = torch.tensor([len(arrays[-1])])
-            masks.append(draw_masks(length, masking, torch_chance(self.seed, epoch, i)))
-            ids.append(self._ids(record) if told else [])
+            own = tokens[first : first + self.longest]
+            free = replace(masking, prompt_probability=0.0) if before else masking
+            t, prompt, hidden = draw_masks(torch.tensor([len(own)]), free, torch_chance(self.seed, epoch, i))
+            for other in before:
+                own = np.concatenate([self.shards[other][1], own])
+                prompt, hidden = prompt + len(own) - hidden.shape[1], F.pad(hidden, (len(own) - hidden.shape[1], 0))
+            arrays.append(torch.from_numpy(own.astype(np.int64)))
+            masks.append((t, prompt, hidden))
         tokens, lengths = padded(arrays)
         out = {"tokens": tokens[..., 0], "lengths": lengths} | _masks(masks)
         if told:
+            ids = [sum((self._ids(self.shards.record(i)) for i in group), []) for group in groups]
             out |= phone_batch(ids, lengths.tolist(), self.tokenizer.pad_id)
-            out |= self._times(out, ids, items, epoch) if self.timed is not None else {}
+            out |= self._times(out, ids, groups, epoch) if self.timed is not None else {}
         if self.layer_weights is not None:
             odds = np.array(self.layer_weights)
             out |= {
@@ -389,11 +412,12 @@ class Tokens:
             }
         return out
 
-    def _times(self, batch: Batch, ids: Sequence[list[int]], items: Sequence[int], epoch: int) -> Batch:
+    def _times(self, batch: Batch, ids: Sequence[list[int]], groups: Sequence[list[int]], epoch: int) -> Batch:
         """``durations [B, L]`` in frames (0: unknown) and the ``hint`` by them."""
-        known, hints = [], []
-        for row, (i, phones) in enumerate(zip(items, ids, strict=True)):
-            found = (self.timed or {}).get(self.shards.record(i)["id"], np.zeros(0, np.int16))
+        known, hints, nothing = [], [], np.zeros(0, np.int16)
+        for row, (group, phones) in enumerate(zip(groups, ids, strict=True)):
+            i, names = group[-1], [self.shards.record(i)["id"] for i in group]
+            found = np.concatenate([(self.timed or {}).get(name, nothing) for name in names])
             n, prompt = int(batch["lengths"][row]), int(batch["prompt"][row])
             fits = len(found) == len(phones) > 0
             durations = torch.from_numpy(found.astype(np.float32)) if fits else torch.zeros(len(phones))

@@ -257,8 +257,8 @@ def _semantic(job: Job) -> Built:
     weight = job.chosen["phones"]
     head = job.phone_head if weight and (job.out / "ssl" / "phones.safetensors").is_file() else None
     objective = tok.SemanticTraining(
-        job.system.semantic, job.frozen, head=head, phones=weight, follow=job.chosen["follow"],
-        check=_check(job, held_out),
+        job.system.semantic, job.frozen, head=head, phones=weight, sound=job.chosen["sound"],
+        follow=job.chosen["follow"], check=_check(job, held_out),
     )  # fmt: skip
     return objective, source, lambda: {"state": objective.codec, "config": job.system.semantic}
 
@@ -318,7 +318,7 @@ def _lips(job: Job) -> Built:
 def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
     shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew),
-    ``dropout`` (before LoRA)."""
+    ``dropout`` (before LoRA), ``joined`` (share of the texts that are said after another recording of the speaker)."""
     entry, o = task(job.model), job.chosen
     told = o["text_hint"] != "none" and entry.takes_text
     hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
@@ -348,8 +348,9 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
     def spoken() -> data.Tokens:
         timed = job.timed(split) if o["text_hint"] == "timed" else None
         return data.Tokens(
-            job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed, timed=timed
-        )
+            job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed, timed=timed,
+            joined=o["joined"] if split == "train" else 0.0,
+        )  # fmt: skip
 
     def simulated(odds: dict[str, float]) -> Any:
         if entry.takes_video:
@@ -383,7 +384,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300, "hidden": 0.35, "teacher": "none"},
-    "semantic": {"longest": 300, "phones": 0.0, "follow": 0.0},
+    "semantic": {"longest": 300, "phones": 0.0, "sound": 0.0, "follow": 0.0},
     "acoustic": {
         "seconds": 0.6,
         "convergence": 5.0,
@@ -399,7 +400,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stage2_full": {"longest": 600},
     "lips": {},
     **{
-        name: {"longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0, "dropout": 0.01}
+        name: {
+            "longest": 600,
+            "text_hint": "none",
+            "hint_width": 0,
+            "audio": False,
+            "passes": 0,
+            "dropout": 0.01,
+            "joined": 0.0,
+        }  # fmt: skip
         for name in TASKS
     },
 }

@@ -213,19 +213,23 @@ class SemanticTraining(Objective):
 
     The weight 32 of the reconstruction is that of the closest published trainer of this codec (Vevo); the paper gives
     none.  With a ``head`` (the encoder's for phones, frozen) the reconstruction shall also sound the same to it: the
-    divergence of its distributions, weight ``phones`` (our addition, for few codes).  ``follow`` is the share of the
-    way to the mean of their latents that codes move after a step (ours; in one process alone).  Batches:
-    :class:`~metis_lib.training.data.Speech`.
+    divergence of its distributions, weight ``phones`` (our addition, for few codes).  ``sound`` is the weight of the
+    squared error of the clean speech's filterbanks (normalised by utterance, which leaves little of the voice) that a
+    linear layer reads off the reconstruction (ours): stage 2 has to make sound of what the tokens say.  ``follow`` is
+    the share of the way to the mean of their latents that codes move after a step (ours; in one process alone).
+    Batches: :class:`~metis_lib.training.data.Speech`.
     """
 
     def __init__(
         self, config: SemanticCodecConfig, frozen: Frozen, *, head: nn.Linear | None = None, phones: float = 0.0,
-        follow: float = 0.0, check: Sequence[Batch] = (),
+        sound: float = 0.0, follow: float = 0.0, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
         self.follow = follow
+        self.heard = nn.Linear(config.hidden_size, frozen.encoder.config.input_dim) if sound else None
         self.codec, self.frozen, self.check = SemanticCodec(config), (frozen, head), check
         self.weights = {"recon_l1": 32.0, "vq": 1.0} | ({"phones": phones} if head is not None else {})
+        self.weights |= {"sound": sound} if sound else {}
         self.codec.track_usage()
 
     def _said(self, features: Tensor) -> Tensor:
@@ -251,6 +255,9 @@ class SemanticTraining(Objective):
         if "phones" in self.weights:
             wanted, found = self._said(features), self._said(recon)
             terms["phones"] = ((wanted.exp() * (wanted - found)).sum(-1) * exists).sum()
+        if self.heard is not None:
+            error = (self.heard(recon).float() - batch["clean"]).square().mean(-1)
+            terms["sound"] = (error * exists).sum()
         return terms
 
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
@@ -261,9 +268,9 @@ class SemanticTraining(Objective):
             revive(self.codec.quantizer, 20, step, fabric, settings)
 
     def validate(self) -> dict[str, float]:
-        """``recon_l1``, the perplexity of the tokens (how many are in use), and with a head the ``phone_error`` of what
-        is reconstructed."""
-        loss = frames = 0.0
+        """``recon_l1``, the perplexity of the tokens (how many are in use), ``sound`` where it counts, and with a head
+        the ``phone_error`` of what is reconstructed."""
+        loss = frames = sound = 0.0
         errors = total = 0
         used = torch.zeros(self.codec.config.codebook_size)
         for batch in self.check:
@@ -274,10 +281,13 @@ class SemanticTraining(Objective):
             if "phones" in self.weights:
                 wrong, said = phone_errors(self._said(recon), batch["phones"], batch["lengths"])
                 errors, total = errors + wrong, total + said
+            if self.heard is not None:
+                sound += float(((self.heard(recon).float() - batch["clean"]).square().mean(-1) * exists).sum())
             loss += float(losses["recon_l1"] * exists.sum())
             frames += float(exists.sum())
             used += torch.bincount(tokens[exists].cpu(), minlength=len(used))
         scores = {"recon_l1": loss / max(frames, 1), "perplexity": perplexity(used)}
+        scores |= {"sound": sound / max(frames, 1)} if self.heard is not None else {}
         return scores | ({"phone_error": errors / total} if total else {})
 
 

@@ -1137,6 +1137,8 @@ def test_layers_are_dropped_as_the_option_says_and_only_in_training(monkeypatch)
     heard = seen[0].bincount(minlength=13)
     assert heard[2:6].min() > 0 and 20 <= heard[2:6].sum() <= 50
     assert heard[2:6].sum() + heard[12] == 60 and seen[1] is None
+    with pytest.raises(MetisError, match="1 <= fewest <= most <= 12"):
+        tok.AcousticTraining(preset("debug").acoustic, dropout=(0.5, 3, 13))
 
 
 def test_unknown_options_and_settings_are_named(job_of):

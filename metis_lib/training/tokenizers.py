@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metis_lib.compat import prepare_torchaudio
 from metis_lib.config import AcousticCodecConfig, LipConfig, SemanticCodecConfig, SSLConfig
+from metis_lib.errors import MetisError
 from metis_lib.models.discriminators import (
     DiscriminatorConfig,
     Discriminators,
@@ -318,6 +319,9 @@ class AcousticTraining(Objective):
         follow: float = 0.0, dropout: Sequence[float] | None = None, check: Sequence[Batch] = (),
     ) -> None:  # fmt: skip
         super().__init__()
+        count = config.num_quantizers
+        if dropout is not None and not (len(dropout) == 3 and 1 <= dropout[1] <= dropout[2] <= count):
+            raise MetisError(f"dropout is (share, fewest, most) with 1 <= fewest <= most <= {count}, not {dropout}")
         self.fit_every, self.follow, self.dropout = fit_every, follow, dropout
         self.latents = deque[Tensor](maxlen=self.FITTED)
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from

@@ -365,19 +365,22 @@ class Tokens:
         frames, self.ends = self.shards.lengths(), self.shards.ends
         self.lengths = np.where(frames >= self.shortest, np.minimum(frames, self.longest), 0)
         if self.text:  # of a cut recording nobody knows which words are left
-            worded = np.array([0 < len(self._ids(self.shards.record(i))) < 400 for i in range(len(frames))])
+            records = [self.shards.record(i) for i in range(len(frames))]
+            worded = np.array([0 < len(self._ids(record)) < 400 for record in records])
             self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
-        self.voices: dict[str, list[int]] = {}
-        for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist() if self.joined else ():
-            self.voices.setdefault(self.shards.record(i).get("speaker", ""), []).append(i)
-        self.voices.pop("", None)
+            self.voices: dict[str, list[int]] = {}
+            for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist():
+                if speaker := records[i].get("speaker"):
+                    self.voices.setdefault(speaker, []).append(i)
 
-    def _before(self, i: int, epoch: int) -> list[int]:
-        """The recording that recording ``i`` is said after, or none."""
-        rng = chance(self.seed, epoch, i, 4)
-        others = self.voices.get(self.shards.record(i).get("speaker", ""), [i])
-        found = others[int(rng.integers(len(others)))]
-        return [found] if rng.random() < self.joined and found != i else []
+    def _group(self, i: int, epoch: int, told: bool) -> list[tuple[Any, ...]]:
+        """Recording ``i``, perhaps after another one of its speaker."""
+        own, rng = self.shards[i], chance(self.seed, epoch, i, 4)
+        if not (told and self.joined and rng.random() < self.joined):
+            return [own]
+        others = self.voices.get(own[0].get("speaker", ""), [i])
+        before = others[int(rng.integers(len(others)))]
+        return [own] if before == i else [self.shards[before], own]
 
     def _ids(self, record: dict[str, Any]) -> list[int]:
         return [self.tokenizer.vocab[p] for p in record.get("phones", ()) if p in self.tokenizer.vocab]
@@ -386,24 +389,26 @@ class Tokens:
         told = self.text and chance(self.seed, step, 1).random() >= self.dropout
         masking = self.masking if told or not self.text else replace(self.masking, prompt_probability=0.0)
         arrays, masks = [], []
-        groups = [[*(self._before(int(i), epoch) if told and self.joined else []), int(i)] for i in items]
-        for *before, i in groups:
-            tokens = self.shards[i][1]
+        groups = [self._group(int(i), epoch, told) for i in items]
+        for i, (*before, (_, tokens, *_)) in zip(items, groups, strict=True):
             first = int(chance(self.seed, epoch, i, 1).integers(max(len(tokens) - self.longest, 0) + 1))
             own = tokens[first : first + self.longest]
             free = replace(masking, prompt_probability=0.0) if before else masking
             t, prompt, hidden = draw_masks(torch.tensor([len(own)]), free, torch_chance(self.seed, epoch, i))
-            for other in before:
-                own = np.concatenate([self.shards[other][1], own])
+            for _, other, *_ in before:
+                own = np.concatenate([other, own])
                 prompt, hidden = prompt + len(own) - hidden.shape[1], F.pad(hidden, (len(own) - hidden.shape[1], 0))
             arrays.append(torch.from_numpy(own.astype(np.int64)))
             masks.append((t, prompt, hidden))
         tokens, lengths = padded(arrays)
         out = {"tokens": tokens[..., 0], "lengths": lengths} | _masks(masks)
         if told:
-            ids = [sum((self._ids(self.shards.record(i)) for i in group), []) for group in groups]
+            records = [[record for record, *_ in group] for group in groups]
+            ids = [[phone for record in row for phone in self._ids(record)] for row in records]
             out |= phone_batch(ids, lengths.tolist(), self.tokenizer.pad_id)
-            out |= self._times(out, ids, groups, epoch) if self.timed is not None else {}
+            if self.timed is not None:
+                names = [[record["id"] for record in row] for row in records]
+                out |= self._times(out, ids, items, names, epoch)
         if self.layer_weights is not None:
             odds = np.array(self.layer_weights)
             out |= {
@@ -412,12 +417,13 @@ class Tokens:
             }
         return out
 
-    def _times(self, batch: Batch, ids: Sequence[list[int]], groups: Sequence[list[int]], epoch: int) -> Batch:
+    def _times(
+        self, batch: Batch, ids: Sequence[list[int]], items: Sequence[int], names: Sequence[list[str]], epoch: int
+    ) -> Batch:
         """``durations [B, L]`` in frames (0: unknown) and the ``hint`` by them."""
         known, hints, nothing = [], [], np.zeros(0, np.int16)
-        for row, (group, phones) in enumerate(zip(groups, ids, strict=True)):
-            i, names = group[-1], [self.shards.record(i)["id"] for i in group]
-            found = np.concatenate([(self.timed or {}).get(name, nothing) for name in names])
+        for row, (i, phones) in enumerate(zip(items, ids, strict=True)):
+            found = np.concatenate([(self.timed or {}).get(name, nothing) for name in names[row]])
             n, prompt = int(batch["lengths"][row]), int(batch["prompt"][row])
             fits = len(found) == len(phones) > 0
             durations = torch.from_numpy(found.astype(np.float32)) if fits else torch.zeros(len(phones))

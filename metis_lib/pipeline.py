@@ -478,6 +478,9 @@ class Metis:
         by_text = task == "tse" and bool((item or {}).get("text"))
         decode = replace(TASKS[task].decode, cfg=2.5) if by_text else TASKS["tts" if task == "base" else task].decode
         paper = self.compat or getattr(self.store, "config", None) == preset("paper")
+        if not self.compat:
+            asked = {key: value for key, value in given.items() if value is not None}
+            given = {**self.store.decode.get("any", {}), **self.store.decode.get(task, {}), **asked}
         return Options.of(decode, bool(self.compat), RELEASED_STEPS if paper else Options.stage2_steps, given)
 
     def job(self, task: str, item: Mapping[str, Any], options: Options) -> Job:

@@ -66,6 +66,7 @@ class Released:
     """
 
     licence = LICENCE
+    decode: dict[str, dict[str, Any]] = {}
 
     def __init__(
         self,

@@ -5,6 +5,7 @@ A store hands out parts one by one, so that a pipeline loads no more than its ta
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +54,8 @@ class Store(Protocol):
 
     name: str
     licence: str
+    decode: dict[str, dict[str, Any]]
+    """Decoding options that are the system's defaults, by task, or for ``any``."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -85,10 +88,22 @@ class Folder:
 
     def __init__(self, name: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.name, self.folder, self.dtype = str(name), locate(name), dtype
+        self.decode = self._read_decode()
         self._tasks = {}
         for path in sorted((self.folder / "tasks").glob("*/config.json")):
             config, _ = load_config_and_card(path.parent, TaskConfig)
             self._tasks[config.task] = (config, path.parent)
+
+    def _read_decode(self) -> dict[str, dict[str, Any]]:
+        """What ``decode.json`` says, where there is one."""
+        file = self.folder / "decode.json"
+        try:
+            found = json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError as error:
+            raise MetisError(f"{file} is not valid JSON ({error}); remove it for the usual defaults") from error
+        if not isinstance(found, dict) or not all(isinstance(options, dict) for options in found.values()):
+            raise MetisError(f"{file} must hold decoding options by task, {{task: {{option: value}}}}")
+        return found
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -130,6 +145,7 @@ class Random:
     """Random weights of a preset, the same for the same seed: for tests, and to measure speed and memory."""
 
     licence = ""
+    decode: dict[str, dict[str, Any]] = {}
 
     def __init__(self, name: str = "debug", dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         self.name, self.dtype, self.seed = name, dtype, seed

@@ -14,8 +14,11 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metis_lib import cli
+from metis_lib import Metis, cli
+from metis_lib.checkpoints import SHIPPED
 from metis_lib.config import DecodeSettings, preset
+from metis_lib.errors import MetisError
+from metis_lib.generation import RELEASED_STEPS
 from metis_lib.models import masked, transformer
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
@@ -25,6 +28,7 @@ from metis_lib.tokenizers import ssl
 from metis_lib.tokenizers.acoustic import AcousticCodec, Snake1d
 from metis_lib.tokenizers.semantic import WNConv1d, freeze
 from metis_lib.tokenizers.ssl import Linear, SSLEncoder, product, quicken
+from recipes.nano import pareto
 
 SURE = {"top_k": 1, "choice_temperature": 0.0}
 """Nothing is left to chance, so that two orders of draws can be compared."""
@@ -329,3 +333,45 @@ def test_bench_of_tokenising(capsys, tmp_path):
     assert layers.output_layer < layers.num_layers
     assert found["gflop"]["float32 one by one"]["ssl"] < found["gflop"]["released"]["ssl"]
     assert cli.main([*command, "--seconds=0.1"]) == 2
+
+
+def test_a_system_brings_its_own_defaults(tmp_path):
+    system = tmp_path / "system"
+    shutil.copytree(SHIPPED / "nano", system)
+    (system / "decode.json").write_text('{"any": {"stage2_cfg": 1.0, "stage2_steps": [7, 3]}, "tts": {"steps": 11}}')
+    metis = Metis.from_pretrained(system, device="cpu")
+    se, tts = metis.options("se"), metis.options("tts", stage2_cfg=0.5)
+    assert (se.stage2.cfg, se.stage2_steps[:3]) == (1.0, (7, 3, 1)) and tts.stage1.steps == 11
+    assert tts.stage2.cfg == 0.5  # what is asked for comes first
+    released = Metis(metis.store, metis.device, compat="released")
+    assert released.options("tts").stage2_steps == RELEASED_STEPS and released.options("tts").stage1.steps == 25
+    (system / "decode.json").write_text("{")
+    with pytest.raises(MetisError, match=r"decode.json is not valid JSON"):
+        Metis.from_pretrained(system)
+
+
+def test_the_cheapest_of_the_good_is_chosen():
+    def point(passes, errors, voices):
+        rows = [{"wer": w, "sim_prompt": s} for w, s in zip(errors, voices, strict=True)]
+        return {"passes": passes, "wer": {"mean": sum(errors) / len(errors)}, "rows": rows}
+
+    best = point(40, [0.10, 0.20], [0.60, 0.60])
+    near = point(12, [0.10, 0.22], [0.60, 0.59])
+    other_voice = point(6, [0.10, 0.21], [0.40, 0.40])
+    wrong = point(2, [0.30, 0.30], [0.60, 0.60])
+    assert pareto.choose([best, near, other_voice, wrong]) is near
+
+
+def test_points_of_a_sweep_are_measured_once(monkeypatch, tmp_path):
+    system = tmp_path / "nano"
+    shutil.copytree(SHIPPED / "nano", system)
+    monkeypatch.setitem(pareto.SWEEPS, "se", ("se", "nano", [{"steps": 1}, {"steps": 3}]))
+    lines = []
+    for _ in range(2):
+        found = pareto.main(["se"], model=str(system), testset="human", items=2, out=tmp_path, say=lines.append)
+    assert len(lines) == 2 and found["se"]["passes"] in (1, 3)
+    stored = json.loads((tmp_path / "pareto.json").read_text())
+    assert [p["passes"] for p in stored["points"]] == [1, 3] and stored["points"][0]["n"] == 2
+    assert json.loads((system / "decode.json").read_text()) == {"se": found["se"]["options"]}
+    assert (tmp_path / "pareto.png").stat().st_size > 5000
+    assert Metis.from_pretrained(system).options("se").stage1.steps == found["se"]["options"]["steps"]

@@ -19,7 +19,7 @@ from metis_lib.errors import MetisError
 from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, run
 from metis_lib.models import adapt
 from metis_lib.models.masked import Noise
-from metis_lib.models.stage1 import Stage1, spread, stretch
+from metis_lib.models.stage1 import Stage1, spread
 from metis_lib.models.stage2 import Stage2
 from metis_lib.models.transformer import Packs
 from metis_lib.stores import PARTS, Folder, Random, Store
@@ -576,11 +576,11 @@ class Metis:
         return torch.tensor(self.phones.encode(text, language), device=self.device)
 
     def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int, model: str) -> dict[str, Tensor]:
-        """Phones of prompt and text, and stretched over the frames: evenly over the prompt, as the model times them
-        over the rest."""
-        both = torch.cat([said, wanted])
-        weights = self._held(model).times_of(both)[len(said) :]
-        return {"phones": both, "hint": torch.cat([stretch(said[None], start)[0], spread(wanted, weights, frames)])}
+        """Phones of prompt and text, and spread over the frames as the model times them, each by itself: silence at
+        the ends of a recording belongs to its end phones."""
+        times = self._held(model).times_of
+        hints = [spread(words, times(words), n) for words, n in ((said, start), (wanted, frames)) if len(words)]
+        return {"phones": torch.cat([said, wanted]), "hint": torch.cat(hints)}
 
     def _tts(
         self, text: str, prompt: Source, prompt_text: str, generator: torch.Generator, info: dict[str, Any],
@@ -598,8 +598,8 @@ class Metis:
                 return int(seconds * FRAME_RATE) if self.compat else round(seconds * FRAME_RATE)
             if self.compat or self.phones.size > 512:  # the released table
                 return byte_rule(start, prompt_text, words)
-            times = self._held(info["by"]).times_of(torch.cat([said, phones]))
-            return target_frames(start, float(times[: len(said)].sum()), float(times[len(said) :].sum()))
+            before, after = (float(self._held(info["by"]).times_of(one).sum()) for one in (said, phones))
+            return target_frames(start, before, after)
 
         parts = [(text, wanted)]
         if seconds is None and not self.compat and length(text, wanted) > SAID_AT_ONCE * FRAME_RATE:

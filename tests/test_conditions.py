@@ -117,10 +117,10 @@ def test_spreading_with_equal_weights_is_stretching():
     assert spread(torch.tensor([5, 6]), torch.tensor([3.0, 1.0]), 8).tolist() == [5] * 6 + [6] * 2
 
 
-def test_a_timed_hint_has_the_prompt_even_and_the_rest_timed():
-    phones, durations = torch.tensor([1, 2, 3, 4]), torch.tensor([4.0, 4.0, 2.0, 6.0])
-    hint = timed_hint(phones, durations, 8, 16, torch.ones(4))
-    assert hint.tolist() == [1] * 4 + [2] * 4 + [3] * 2 + [4] * 6
+def test_a_timed_hint_times_the_prompt_and_the_rest_each_by_itself():
+    phones, durations = torch.tensor([1, 2, 3, 4]), torch.tensor([2.0, 6.0, 2.0, 6.0])
+    hint = timed_hint(phones, durations, 8, 16, torch.tensor([1.0, 1.0, 3.0, 1.0]))
+    assert hint.tolist() == [1] * 2 + [2] * 6 + [3] * 4 + [4] * 4
     for prompt in range(17):
         assert len(timed_hint(phones, durations, prompt, 16, torch.ones(4))) == 16
 

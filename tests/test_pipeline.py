@@ -62,6 +62,21 @@ def test_length_of_speech(debug):
     assert long.seconds > 2 * short.seconds
 
 
+def test_lengths_know_of_silence_at_both_ends(debug, monkeypatch):
+    """Ends of a recording last longer, those of the prompt as those of the text: as when durations were learned."""
+
+    def times(phones):
+        out = torch.ones(len(phones))
+        out[0] = out[-1] = 10.0
+        return out
+
+    said, wanted = "One long sentence that goes on for quite a while.", "Short."
+    monkeypatch.setattr(debug.task_model("tts"), "times_of", times)
+    units = [len(debug.phones.encode(text, "en")) + 18 for text in (said, wanted)]
+    speech = debug.speak(wanted, prompt=hum(6.0), prompt_text=said, steps=2)
+    assert speech.seconds == pytest.approx(round(len(debug.voice(hum(6.0)).tokens) * units[1] / units[0]) / 50)
+
+
 def test_traces_show_every_iteration(debug):
     debug.enhance(hum(1.0), steps=5)
     trace = debug.traces["ssl"]

@@ -184,6 +184,21 @@ def test_a_text_may_follow_another_sentence_of_the_speaker(job_of):
     assert 0 < found <= len(several)
 
 
+def test_durations_are_learned_of_one_recording_at_a_time(job_of):
+    job = job_of("tts")
+    shards = job.tokens("train")
+    records = [shards.record(i) for i in range(len(shards.lengths()))]
+    plain = data.Tokens(shards, text=True, joined=1.0)
+    timed = {r["id"]: np.full(len(plain._ids(r)), 5, np.int16) for r in records}
+    source = replace(plain, timed=timed)
+    items = np.flatnonzero(source.lengths).tolist()
+    alone, batch = (s.batch(items, epoch=0, step=0) for s in (replace(source, joined=0.0), source))
+    joined = batch["lengths"] > alone["lengths"]
+    assert 0 < joined.sum() < len(items) and (alone["durations"].sum(1) > 0).all()
+    assert torch.equal(batch["durations"].sum(1) > 0, ~joined)
+    assert batch["hint"].shape == batch["tokens"].shape
+
+
 def test_prompts_of_the_audio_tasks_are_never_asked_for(job_of):
     for model in ("tse", "vc"):
         _, source, _ = recipes.BUILD[model](job_of(model))

@@ -317,13 +317,14 @@ def left_padded(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
 
 
 def timed_hint(phones: Tensor, durations: Tensor, prompt: int, frames: int, jitter: Tensor) -> Tensor:
-    """Frame-level phones ``[frames]`` as generation has them: those of the prompt evenly stretched over its frames,
-    the others by their durations, each changed by a factor (``jitter [L]``), for predicted ones are not exact."""
-    middles = durations.cumsum(0) - durations / 2
+    """Frame-level phones ``[frames]`` as generation has them: those of the prompt over its frames, the others over the
+    rest, by their durations, each changed by a factor (``jitter [L]``), for predicted ones are not exact."""
+    middles, weights = durations.cumsum(0) - durations / 2, (durations * jitter).clamp(min=0.1)
     count = int((middles < prompt).sum())
-    before, rest = phones[: max(count, 1)], phones[min(count, len(phones) - 1) :]
-    weights = (durations * jitter)[len(phones) - len(rest) :].clamp(min=0.1)
-    return torch.cat([stretch(before[None], prompt)[0], spread(rest, weights, frames - prompt)])
+    before, rest = slice(max(count, 1)), slice(min(count, len(phones) - 1), None)
+    return torch.cat([
+        spread(phones[before], weights[before], prompt), spread(phones[rest], weights[rest], frames - prompt),
+    ])  # fmt: skip
 
 
 def phone_batch(ids: Sequence[Sequence[int]], frames: Sequence[int], pad: int) -> Batch:
@@ -420,7 +421,7 @@ class Tokens:
     def _times(
         self, batch: Batch, ids: Sequence[list[int]], items: Sequence[int], names: Sequence[list[str]], epoch: int
     ) -> Batch:
-        """``durations [B, L]`` in frames (0: unknown) and the ``hint`` by them."""
+        """``durations [B, L]`` in frames (0: not to be learned) and the ``hint`` by them."""
         known, hints, nothing = [], [], np.zeros(0, np.int16)
         for row, (i, phones) in enumerate(zip(items, ids, strict=True)):
             found = np.concatenate([(self.timed or {}).get(name, nothing) for name in names[row]])
@@ -428,7 +429,8 @@ class Tokens:
             fits = len(found) == len(phones) > 0
             durations = torch.from_numpy(found.astype(np.float32)) if fits else torch.zeros(len(phones))
             jitter = torch.from_numpy(chance(self.seed, epoch, i, 3).lognormal(0.0, 0.25, len(phones))).float()
-            known.append(durations)
+            # durations are learned, and asked for, of one recording at a time
+            known.append(durations if len(names[row]) == 1 else torch.zeros_like(durations))
             hints.append(
                 timed_hint(torch.tensor(phones), durations, prompt, n, jitter) if fits else batch["hint"][row, :n]
             )

@@ -184,6 +184,19 @@ def test_a_text_may_follow_another_sentence_of_the_speaker(job_of):
     assert 0 < found <= len(several)
 
 
+def test_stage_two_may_follow_another_sentence_too(job_of):
+    job = replace(job_of("stage2_full"), options={"joined": 1.0})
+    _, source, _ = recipes.BUILD["stage2_full"](job)
+    items = np.flatnonzero(source.lengths).tolist()
+    batch, alone = (s.batch(items, epoch=0, step=0) for s in (source, replace(source, joined=0.0)))
+    more = batch["lengths"] - alone["lengths"]
+    assert (more > 0).any() and torch.equal(batch["prompt"][more > 0], more[more > 0])
+    for row in torch.nonzero(more)[:, 0].tolist():
+        n, start = int(alone["lengths"][row]), int(more[row])
+        assert torch.equal(batch["codes"][row, start : start + n], alone["codes"][row, :n])
+        assert not batch["hidden"][row, :start].any() and batch["hidden"][row, start:].any()
+
+
 def test_durations_are_learned_of_one_recording_at_a_time(job_of):
     job = job_of("tts")
     shards = job.tokens("train")

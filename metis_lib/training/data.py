@@ -344,8 +344,8 @@ class Tokens:
     :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with ``timed``
     (durations by id) the hint follows them and ``durations [B, L]`` are there; with
     ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.  With probability
-    ``joined`` another recording of the speaker (of at most ``JOINED`` frames) stands before one with text, as its
-    prompt: a whole sentence, as generation has it; a batch may then have more frames than it was planned for.
+    ``joined`` another recording of the speaker (of at most ``JOINED`` frames) stands before one, as its prompt: a whole
+    sentence, as generation has it; a batch may then have more frames than it was planned for.
     """
 
     shards: Shards
@@ -365,19 +365,19 @@ class Tokens:
     def __post_init__(self) -> None:
         frames, self.ends = self.shards.lengths(), self.shards.ends
         self.lengths = np.where(frames >= self.shortest, np.minimum(frames, self.longest), 0)
+        records = [self.shards.record(i) for i in range(len(frames))] if self.text or self.joined else []
         if self.text:  # of a cut recording nobody knows which words are left
-            records = [self.shards.record(i) for i in range(len(frames))]
             worded = np.array([0 < len(self._ids(record)) < 400 for record in records])
             self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
-            self.voices: dict[str, list[int]] = {}
-            for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist():
-                if speaker := records[i].get("speaker"):
-                    self.voices.setdefault(speaker, []).append(i)
+        self.voices: dict[str, list[int]] = {}
+        for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist() if self.joined else ():
+            if speaker := records[i].get("speaker"):
+                self.voices.setdefault(speaker, []).append(i)
 
     def _group(self, i: int, epoch: int, told: bool) -> list[tuple[Any, ...]]:
         """Recording ``i``, perhaps after another one of its speaker."""
         own, rng = self.shards[i], chance(self.seed, epoch, i, 4)
-        if not (told and self.joined and rng.random() < self.joined):
+        if (self.text and not told) or rng.random() >= self.joined:
             return [own]
         others = self.voices.get(own[0].get("speaker", ""), [i])
         before = others[int(rng.integers(len(others)))]

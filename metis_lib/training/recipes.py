@@ -293,13 +293,17 @@ def _stage1(job: Job) -> Built:
 
 
 def _stage2(job: Job) -> Built:
+    """Options: ``longest`` (frames), ``joined`` (share of the recordings that another one of the speaker is the prompt
+    of, in place of their own beginning)."""
     config: Stage2Config = getattr(job.system, job.model)
     weights = Stage2(config).layer_weights().tolist()
-    longest = job.chosen["longest"]
     made = {
-        split: data.Tokens(job.tokens(split), gen.STAGE2_MASKING, layer_weights=weights, longest=longest, seed=seed)
-        for split, seed in (("train", job.settings.seed), ("validation", 1))
-    }
+        split: data.Tokens(
+            job.tokens(split), gen.STAGE2_MASKING, layer_weights=weights, longest=job.chosen["longest"], seed=seed,
+            joined=share,
+        )
+        for split, seed, share in (("train", job.settings.seed, job.chosen["joined"]), ("validation", 1, 0.0))
+    }  # fmt: skip
     if made["train"].shards[0][1].shape[1] <= config.num_quantizers:
         raise MetisError("these token shards hold no acoustic codes; make them without --no-acoustic")
     objective = gen.Stage2Training(config, check=_check(job, made["validation"])[: max(1, job.check // 2)])
@@ -396,8 +400,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dropout": None,
     },
     "stage1": {"floor": 0.0, "longest": 600},
-    "stage2_layer1": {"longest": 600},
-    "stage2_full": {"longest": 600},
+    "stage2_layer1": {"longest": 600, "joined": 0.0},
+    "stage2_full": {"longest": 600, "joined": 0.0},
     "lips": {},
     **{
         name: {

@@ -306,10 +306,10 @@ class Nano(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Testset(Command):
-    """Make a test set of nano's corpus (unseen, seen), or of a local copy of a public one (docs/testsets.md)."""
+    """Make a test set of nano's corpus, or of a local copy of a public one (docs/testsets.md)."""
 
     name: Name
-    """unseen (voices and sentences never trained on), seen (voices of the training, for TTS), or a public one:
+    """unseen (voices and sentences never trained on), seen (voices of the training, for TTS), tuning, or a public one:
     seedtts-en, seedtts-zh, seedtts-vc-en, seedtts-vc-zh, librispeech, vctk, vctk-same, libri2mix, emiliamix,
     dns2020-no-reverb, dns2020-with-reverb, dns2020-real, lrs2, lrs3."""
     root: Path | None = None
@@ -325,7 +325,7 @@ class Testset(Command):
 
     def run(self) -> Answer:
         options = {key: value for key, value in vars(self).items() if key not in ("name", "root", "json")}
-        if self.name in ("unseen", "seen"):
+        if self.name in ("unseen", "seen", "tuning"):
             if (self.root, self.out, self.prompts) != (None, None, None):
                 raise MetisError(f"{self.name} is made of nano's corpus; it takes no folders")
             folder = _recipe("nano.testsets").build_synthetic(self.name, more=True)

@@ -438,6 +438,10 @@ def test_synthetic_testsets_are_made_from_the_corpus(tmp_path: Path) -> None:
         assert by["se", voice]["done"]["noise"] and (out / by["l2s", voice]["video"]).is_file()
         target, mixture = (soundfile.read(out / by["tse", voice][key])[0] for key in ("clean", "noisy"))
         assert len(target) == len(mixture) and not np.array_equal(target, mixture)
+        stranger = soundfile.read(out / by["tse", voice]["interferer"])[0][: len(target)]  # then silence
+        added = np.pad(by["tse", voice]["gain"] * stranger, (0, len(target) - len(stranger)))
+        np.testing.assert_allclose(mixture - target, added, atol=1e-3)
+        assert by["se", voice]["snr_db"] == by["se", voice]["done"]["snr_db"]
     assert {r[key] for r in rows for key in ("clean", "noisy", "prompt", "interferer") if key in r} == {
         p.name for p in out.glob("*.flac")
     }
@@ -445,6 +449,10 @@ def test_synthetic_testsets_are_made_from_the_corpus(tmp_path: Path) -> None:
     assert store.read_jsonl(again / "manifest.jsonl") == rows
     with pytest.raises(MetisError, match="no voices for the test set"):
         testsets.build_synthetic("seen", tmp_path)
+    store.write_jsonl(folder / "manifest.jsonl", [line | {"split": "validation"} for line in lines])
+    store.write_jsonl(folder / "noise.jsonl", [{"id": "hum", "path": "hum.flac", "split": "train"}])
+    tuning = store.read_jsonl(testsets.build_synthetic("tuning", tmp_path, each=1) / "manifest.jsonl")
+    assert {r["task"] for r in tuning} == {"codec", "se", "tse", "tts", "vc"}
 
 
 def test_testset_speakers_are_never_trained_on() -> None:

@@ -254,7 +254,7 @@ def small_set(folder: Path, **changes: Any) -> Path:
 
 
 def test_failed_metrics_are_null_with_a_reason_and_are_counted(tmp_path: Path) -> None:
-    testset = small_set(tmp_path / "set")
+    testset = small_set(tmp_path / "set", snr_db=12.0)
     with pytest.raises(MetisError, match="silent.*allow_missing"):
         runner.run_task("se", testset=testset, out=tmp_path / "out", systems=["noisy", "nsnet2"])
     result = runner.run_task(
@@ -262,12 +262,76 @@ def test_failed_metrics_are_null_with_a_reason_and_are_counted(tmp_path: Path) -
     )
     for system, reason in (("noisy", "silent"), ("nsnet2", "no audio: .*silent")):
         good, bad = report.read_rows(tmp_path / "out", "se", system)
-        assert good["wer"] is not None and good["stoi"] is not None
+        assert good["wer"] is not None and good["stoi"] is not None and good["wer_10db"] == good["wer"]
         for key in metrics.TASKS["se"]["metrics"]:
             assert bad[key] is None
             assert re.search(reason, bad[f"{key}_error"])
         for entry in result.summary[system].values():
             assert (entry["n"], entry["n_failed"], entry["ci95"]) == (1, 1, None)
+
+
+class Loudness(judges.Judge):
+    """Takes loudness for the voice."""
+
+    protocol = "loudness"
+
+    def many(self, wavs_16k: Any) -> list[Any]:
+        return [[1.0, float(np.abs(wav).mean())] for wav in wavs_16k]
+
+
+class Parrot(judges.Judge):
+    """Hears the same in everything."""
+
+    protocol = "parrot"
+
+    def many(self, wavs_16k: Any) -> list[Any]:
+        return ["red blue"] * len(wavs_16k)
+
+
+def clip_of(folder: Path, task: str, number: int, levels: dict[str, float], **more: Any) -> systems.Clip:
+    """A clip and its recordings, buzzes of given levels; ``made`` is the clip's."""
+    paths = {name: folder / f"{task}-{number}-{name}.flac" for name in levels}
+    for name, level in levels.items():
+        audio.write(paths[name], level * voice(1.0), 16_000)
+    made = paths.pop("made")
+    item = systems.Item(id=str(number), task=task, speaker=f"s{number}", text="red blue green black", **paths, **more)
+    return systems.Clip(item, "nano", 0, made, 0.1)
+
+
+def test_the_nearer_voice_and_words_of_clear_inputs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(scoring, "choose", lambda *_: {"words:en": Parrot(), "voice": Loudness()})
+    verdicts = scoring.Verdicts(tmp_path / "cache")
+    near, far = {"clean": 1.0, "interferer": 0.2, "made": 0.9}, {"clean": 1.0, "interferer": 0.2, "made": 0.3}
+    mixed = [clip_of(tmp_path, "tse", i, levels) for i, levels in enumerate((near, near, far))]
+    rows = scoring.score(mixed, verdicts=verdicts)
+    assert [row["nearer"] for row in rows] == [1.0, 1.0, 0.0]
+    assert statistics.summarise(rows, "tse")["nano"]["nearer"]["mean"] == pytest.approx(2 / 3)
+    told = clip_of(tmp_path, "vc", 0, {"clean": 1.0, "prompt": 0.2, "made": 0.3})  # the source is what it leaves
+    assert scoring.score([told], verdicts=verdicts)[0]["nearer"] == 1.0
+
+    quiet = {"clean": 1.0, "noisy": 1.0, "made": 1.0}
+    enhanced = [clip_of(tmp_path, "se", i, quiet, extra={"snr_db": snr}) for i, snr in enumerate((10.0, 9.9, 15.0))]
+    lost = systems.Clip(clip_of(tmp_path, "se", 3, quiet, extra={"snr_db": 20.0}).item, "nano", 0, None, error="why")
+    rows = scoring.score([*enhanced, lost], verdicts=verdicts)
+    assert [row.get("wer_10db", "not asked") for row in rows] == [0.5, "not asked", 0.5, None]
+    entry = statistics.summarise(rows, "se")["nano"]["wer_10db"]
+    assert (entry["mean"], entry["n"], entry["n_failed"]) == (0.5, 2, 1)
+
+
+def test_controls_are_other_voices_and_prompts_other_recordings() -> None:
+    said = {row.clean: row.speaker for task in ("codec", "tts", "vc") for row in speech(task)}
+    for item in speech("vc"):
+        assert item.other is not None and said[item.other] not in (item.speaker, item.extra["target_speaker"])
+    for item in speech("codec"):
+        assert item.prompt is None or not re.search("-(aligned|clean|noisy)$", item.prompt.stem)
+
+
+def test_a_test_set_with_other_recordings_is_another_one(tmp_path: Path) -> None:
+    folder = small_set(tmp_path / "set")
+    before = record.testset_hash(folder)
+    assert record.testset_hash(folder) == before
+    audio.write(next(folder.glob("noisy-*.flac")), voice(0.7, 24_000), 24_000)
+    assert record.testset_hash(folder) != before
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,12 @@ def sha256_files(paths: Iterable[Path], base: Path) -> str:
     return sha256_of([[str(path.relative_to(base)), sha256_file(path)] for path in sorted(paths)])
 
 
+def testset_hash(folder: Path) -> str:
+    """Hash of a test set for cache keys: its manifest, and the names and sizes of all its files."""
+    files = [[str(file.relative_to(folder)), file.stat().st_size] for file in sorted(folder.rglob("*.*"))]
+    return sha256_of([sha256_file(folder / "manifest.jsonl"), files])
+
+
 def code_hash(*names: str) -> str:
     """Hash of the library's own code and tables ``names`` (files or folders of the package), for cache keys."""
     places = [PACKAGE / name for name in names]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 HEADLINE = (
-    *("wer", "sim_prompt", "sim_target", "sim_other", "dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "nisqa"),
-    *("pesq_wb", "stoi"),
+    *("wer", "wer_10db", "nearer", "sim_prompt", "sim_target", "sim_other"),
+    *("dnsmos_sig", "dnsmos_bak", "dnsmos_ovrl", "nisqa", "pesq_wb", "stoi"),
 )
 """The metrics that fit into a line: README.md, and below every player."""
 _LEFT = "text-align:left;white-space:normal"

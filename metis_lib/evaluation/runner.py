@@ -229,7 +229,7 @@ def omni_tasks(testset: str | Path, checkpoint: str, limit: int | None = None) -
 def unit_key(task: str, parameters: Mapping[str, Any], checkpoint: str, manifest: Path) -> str:
     """Hash of everything that a finished notebook depends on, except where it ran."""
     given = {key: value for key, value in parameters.items() if key not in ("out", "device")}
-    hashes = [record.sha256_file(path) for path in (task_notebook(task), manifest)]
+    hashes = [record.sha256_file(task_notebook(task)), record.testset_hash(manifest.parent)]
     return record.sha256_of([given, hashes, record.code_hash("."), record.checkpoint_hashes(checkpoint)])
 
 

@@ -18,6 +18,7 @@ from metis_lib.evaluation.metrics import JUDGE_RATE, SPECS, TASKS, MetricFailure
 from metis_lib.evaluation.paper_judges import choose
 from metis_lib.evaluation.systems import Clip
 from metis_lib.notebook import progress
+from metis_lib.tasks import like
 
 _CODE = ("audio.py", "data/align.py", *(f"evaluation/{name}.py" for name in ("judges", "metrics", "paper_judges")))
 PROSODY = ("f0_rmse", "f0_corr", "vuv_f1")
@@ -29,6 +30,11 @@ PAIRS: dict[str, Callable[..., Any]] = {
 TEXTS = {
     "wer": metrics.word_errors, "cer": metrics.character_errors, "wer_seedtts": metrics.word_errors_seedtts,
 }  # fmt: skip
+
+NEARER = {"vc": ("sim_prompt", "sim_source"), "tse": ("sim_target", "sim_interferer")}
+"""Of each task the similarities whose first must be the larger one."""
+CLEAR_DB = 10.0
+"""Signal-to-noise ratio from which on word errors count into ``wer_10db``."""
 
 
 class Verdicts:
@@ -123,6 +129,7 @@ def score(
     for row in rows:
         if row["error"] is not None:
             lost = [key for key in keys if not {"seconds_to_make", "measured"} & set(SPECS[key].needs)]
+            lost = [key for key in lost if key != "wer_10db" or _clear(row)]
             _put(row, **dict.fromkeys(lost, MetricFailure(f"no audio: {row['error']}")))
     for role, judge in chosen.items():
         kind, _, language = role.partition(":")
@@ -140,6 +147,10 @@ def score(
             elif kind == "voice":
                 for key in voices:
                     _put(row, **{key: _similarity(found[path], found.get(clip.item.reference(key)))})  # type: ignore[arg-type]
+                if "nearer" in keys:
+                    mine_, others_ = (row[key] for key in NEARER[like(task)])
+                    unknown = MetricFailure("one of the similarities is not known")
+                    _put(row, nearer=unknown if None in (mine_, others_) else float(mine_ > others_))
             else:
                 _put_all(row, DnsmosJudge.KEYS if kind == "opinion" else ("nisqa",), found[path])
     for path, clip, row in progress(heard, f"{task}: against the clean recording"):
@@ -164,7 +175,13 @@ def _row(clip: Clip) -> dict[str, Any]:
         "sha256": record.sha256_file(path) if path else None,
         "seconds": round(soundfile.info(str(path)).duration, 4) if path else None,
         "seconds_to_make": clip.seconds_to_make, "error": clip.error, **dict.fromkeys(_COUNTS),
+        **({"snr_db": item.extra["snr_db"]} if "snr_db" in item.extra else {}),
     }  # fmt: skip
+
+
+def _clear(row: dict[str, Any]) -> bool:
+    """Whether the noise in a row's input is known to be weak."""
+    return row.get("snr_db") is not None and row["snr_db"] >= CLEAR_DB
 
 
 def _has(clips: Sequence[Clip], need: str) -> bool:
@@ -206,7 +223,8 @@ def _put_words(row: dict[str, Any], text: str, heard: str | MetricFailure, keys:
             if isinstance(heard, MetricFailure):
                 raise heard
             counts = TEXTS[key](text, heard, language)
-            _put(row, **{key: counts.rate})
+            rate: float | MetricFailure = counts.rate
             row.update(zip(_COUNTS, counts, strict=True) if key == "wer" else {})
         except MetricFailure as failure:
-            _put(row, **{key: failure})
+            rate = failure
+        _put(row, **{key: rate}, **({"wer_10db": rate} if key == "wer" and "wer_10db" in keys and _clear(row) else {}))

@@ -142,6 +142,7 @@ def summarise(rows: Sequence[dict[str, Any]], task: str, judges: str = "offline"
 
 
 def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    rows = [row for row in rows if key in row or row.get("error") or key == "wer_corpus"]  # those that were asked
     pairs = [(row, value) for row in rows if (value := _value(row, key)) is not None]
     entry: dict[str, Any] = {"mean": None, "ci95": None, "n": len(pairs), "n_failed": len(rows) - len(pairs)}
     entry |= {"unit": None, "seeds": len({row["seed"] for row in rows}), "seed_sd": None}

@@ -134,7 +134,7 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     speakers = sorted(voices)
     items = []
     for row in list(rows.values())[:limit]:
-        others = [speaker for speaker in speakers if speaker != row["speaker"]]
+        others = [speaker for speaker in speakers if speaker not in (row["speaker"], row.get("target_speaker"))]
         after = next((speaker for speaker in others if speaker > row["speaker"]), others[0] if others else None)
         row["other"] = voices[after] if after else None
         if task == "codec" and not row.get("prompt"):  # stage 2 asks for a voice
@@ -150,11 +150,11 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
 
 
 def _recordings(folder: Path) -> dict[str, list[str]]:
-    """The clean recordings of each speaker of a test set, by name."""
+    """The clean recordings of each speaker of a test set, by name; without those that are only scaled (of mixtures)."""
     found: dict[str, set[str]] = {}
     for line in filter(str.strip, (folder / "manifest.jsonl").read_text().splitlines()):
         row = json.loads(line)
-        if row["task"] in ("codec", "se", "tts", "tse"):
+        if row["task"] in ("codec", "tts"):
             found.setdefault(row["speaker"], set()).update(filter(None, (row.get("clean"), row.get("prompt"))))
     return {speaker: sorted(names) for speaker, names in found.items()}
 
@@ -214,6 +214,8 @@ class Systems:
         elif self.source(system, item) is None:
             if system in ("stage2", "still") and item.prompt:
                 parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options}
+            if system == "still" and item.video:
+                parts |= {"video": record.sha256_file(item.video)}
             parts |= {"code": self._code["model"], "device": self.device, "name": self.checkpoint, **self._hashes}
         return record.sha256_of(parts)
 

@@ -344,8 +344,8 @@ class Tokens:
     :func:`phone_batch`, which a step leaves out (and the prompts too) with probability ``dropout``; with ``timed``
     (durations by id) the hint follows them and ``durations [B, L]`` are there; with
     ``layer_weights`` (stage 2) also ``codes [B, T, Q]`` and the ``layer`` that this step masks.  With probability
-    ``joined`` another recording of the speaker (of at most ``JOINED`` frames) stands before one, as its prompt: a whole
-    sentence, as generation has it; a batch may then have more frames than it was planned for.
+    ``joined`` another recording of the speaker (of at most ``JOINED`` frames) stands before each of a step, as its
+    prompt: a whole sentence, as generation has it; the batch then has more frames than it was planned for.
     """
 
     shards: Shards
@@ -374,13 +374,11 @@ class Tokens:
             if speaker := records[i].get("speaker"):
                 self.voices.setdefault(speaker, []).append(i)
 
-    def _group(self, i: int, epoch: int, told: bool) -> list[tuple[Any, ...]]:
-        """Recording ``i``, perhaps after another one of its speaker."""
-        own, rng = self.shards[i], chance(self.seed, epoch, i, 4)
-        if (self.text and not told) or rng.random() >= self.joined:
-            return [own]
+    def _after_another(self, i: int, epoch: int) -> list[tuple[Any, ...]]:
+        """Recording ``i`` after another one of its speaker, where there is one."""
+        own = self.shards[i]
         others = self.voices.get(own[0].get("speaker", ""), [i])
-        before = others[int(rng.integers(len(others)))]
+        before = others[int(chance(self.seed, epoch, i, 4).integers(len(others)))]
         return [own] if before == i else [self.shards[before], own]
 
     def _ids(self, record: dict[str, Any]) -> list[int]:
@@ -390,7 +388,9 @@ class Tokens:
         told = self.text and chance(self.seed, step, 1).random() >= self.dropout
         masking = self.masking if told or not self.text else replace(self.masking, prompt_probability=0.0)
         arrays, masks = [], []
-        groups = [self._group(int(i), epoch, told) for i in items]
+        # all of a step or none: single long rows would be paid for in padding
+        joined = (told or not self.text) and chance(self.seed, step, 5).random() < self.joined
+        groups = [self._after_another(int(i), epoch) if joined else [self.shards[int(i)]] for i in items]
         for i, (*before, (_, tokens, *_)) in zip(items, groups, strict=True):
             first = int(chance(self.seed, epoch, i, 1).integers(max(len(tokens) - self.longest, 0) + 1))
             own = tokens[first : first + self.longest]

@@ -73,7 +73,7 @@ def results(
     for name, tasks in (sets or SETS).items():
         if name != "human" and not (metis_home() / "testsets" / name / "manifest.jsonl").is_file():
             say(f"making the test set {name}")
-            testsets.build_synthetic(name)
+            testsets.build_synthetic(name, more=True)
         folder = runs / f"{Path(model).name}-{name}"
         say(f"{name}: {', '.join(tasks)}")
         found = runner.evaluate(tasks, None, name, folder, checkpoint=model, limit=limit, **options)

@@ -2,7 +2,8 @@
 
 ``python -m recipes.nano.pareto [SWEEP …]`` measures the points of the sweeps that are not measured yet, writes
 ``results/bench/pareto.json`` and ``pareto.png``, and the chosen settings into ``decode.json`` beside the weights, which
-the library takes as defaults.  A pass is one run of a model over the utterance, guidance makes two of a step.
+the library takes as defaults.  A pass is one run of a model over the utterance, guidance makes two of a step.  What is
+chosen is chosen on voices of the validation, not on a test set.
 """
 
 from __future__ import annotations
@@ -137,12 +138,12 @@ def draw(points: list[dict[str, Any]], chosen: dict[str, Any]) -> Any:
 
 
 def main(
-    sweeps: list[str], *, model: str = "nano", testset: str = "unseen", items: int = 40, out: Path = OUT,
+    sweeps: list[str], *, model: str = "nano", testset: str = "tuning", items: int = 40, out: Path = OUT,
     say: Any = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, choose, draw; write all three and ``decode.json``; return the chosen point of each sweep."""
     if testset != "human" and not (metis_home() / "testsets" / testset / "manifest.jsonl").is_file():
-        testsets.build_synthetic(testset)
+        testsets.build_synthetic(testset, each=8, more=True)
     file = out / "pareto.json"
     held = (record.read_json(file) or {"points": []})["points"]
     for sweep in sweeps:

@@ -1,9 +1,10 @@
-"""The three test sets of nano.
+"""The test sets of nano.
 
 ``human``, embedded in ``eval/testsets``: real voices only, none of them trained on (:func:`build_human`; noisy mixtures
 may differ by one least significant bit between machines).  ``unseen``: 22 synthetic voices never trained on saying
 sentences never trained on, with rows for every task.  ``seen``: voices of the training, sentences never trained on,
-for tts.  The latter two are made from the corpus into ``$METIS_HOME/testsets`` (:func:`build_synthetic`).
+for tts.  ``tuning``: what ``unseen`` is, of the voices of the validation, for choosing settings.  All but the first are
+made from the corpus into ``$METIS_HOME/testsets`` (:func:`build_synthetic`).
 """
 
 from __future__ import annotations
@@ -186,27 +187,29 @@ def add_tasks(out: Path) -> Path:
     return out
 
 
-def add_rooms(count: int) -> Rooms:
+def add_rooms(count: int, start: int = 100) -> Rooms:
     """``count`` simulated rooms that are not in the training bank."""
-    return Rooms.stack([corpus.simulate_room(ROOM_SEED + 100 + i) for i in range(count)])
+    return Rooms.stack([corpus.simulate_room(ROOM_SEED + start + i) for i in range(count)])
 
 
 def build_synthetic(name: str, home: Path | None = None, *, each: int = 5, more: bool = False) -> Path:
-    """Make ``unseen`` or ``seen`` from the prepared corpus: ``each`` items a voice and task.
+    """Make ``unseen``, ``seen`` or ``tuning`` from the prepared corpus: ``each`` items a voice and task.
 
     Where the corpus holds fewer of a voice, it says further held-out sentences (``more``; they lie in ``spoken``).
 
     Rows of ``unseen``: codec; se (the paper's degradation, but always with noise, of held-out noises and rooms: noisy,
-    done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse (``noisy`` is
-    the target and another voice, ``interferer``, added as they are); l2s (``video``: lips drawn in time with the
-    recording).  Rows of ``seen``: tts.
+    snr_db, done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse
+    (``noisy`` is the target and another voice, ``interferer``, added as they are; ``gain`` below 1 only against
+    clipping); l2s (``video``: lips drawn in time with the recording).  ``tuning`` has the same of other voices, noises
+    and rooms, and no l2s; ``seen`` has tts.
 
     Raises:
         MetisError: the corpus is not prepared, or holds no such voices.
     """
     home = home or assets.metis_home()
     folder, out = home / "corpora" / "nano", home / "testsets" / name
-    split, voices = {"unseen": "test", "seen": "seen"}[name], defaultdict[str, list[Row]](list)
+    split = {"unseen": "test", "seen": "seen", "tuning": "validation"}[name]
+    voices, final = defaultdict[str, list[Row]](list), name == "unseen"
     for r in read_manifest(folder / "manifest.jsonl"):
         if not r.human and r.split == split:
             voices[r.speaker].append(r)
@@ -219,10 +222,11 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 5, more:
     if not speakers:
         raise MetisError(f"the corpus in {folder} has no voices for the test set {name!r}; run `metis prepare nano`")
     others = speakers if len(speakers) > 1 else sorted(voices)  # of a small corpus, voices with few utterances too
-    if name == "unseen" and len(others) < 2:
-        raise MetisError(f"the corpus in {folder} has one voice for the test set unseen; mixtures need another")
+    if name != "seen" and len(others) < 2:
+        raise MetisError(f"the corpus in {folder} has one voice for the test set {name}; mixtures need another")
     store, generator = _storage(out), np.random.default_rng(2025)
-    noises, rooms = Noises.load(folder, split="test", speech=60), add_rooms(24) if name == "unseen" else None
+    noises = Noises.load(folder, split="test" if final else "train", speech=60)
+    rooms = None if name == "seen" else add_rooms(24, 100 if final else 200)
     rows: list[dict[str, Any]] = []
     for k, speaker in enumerate(speakers):
         said = sorted(voices[speaker], key=lambda r: r.id)
@@ -247,19 +251,20 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 5, more:
                 speaker=speaker,
                 params=Degradation(noise_p=1.0),
             )
-            both = wav + np.resize(stranger_wav, len(wav))
-            gain = min(1.0, 0.99 / float(np.abs(both).max()))
+            both, gain = add_voice(wav, stranger_wav)
             rows += [
                 {"task": "codec", **base},
                 {"task": "se", **base, "clean": store(f"{r.id}-clean", clean) if done["gain"] != 1 else base["clean"],
-                 "noisy": store(f"{r.id}-noisy", noisy), "done": done},
+                 "noisy": store(f"{r.id}-noisy", noisy), "snr_db": done["snr_db"], "done": done},
                 {"task": "vc", **base, "prompt": store(stranger.id, stranger_wav), "prompt_text": stranger.text,
                  "target_speaker": stranger.speaker},
-                {"task": "tse", **base, **given, "noisy": store(f"{r.id}-mixture", gain * both),
+                {"task": "tse", **base, **given, "noisy": store(f"{r.id}-mixture", both),
+                 "clean": store(f"{r.id}-aligned", gain * wav) if gain < 1 else base["clean"],
                  "interferer": store(stranger.id, stranger_wav), "interferer_speaker": stranger.speaker,
                  "gain": round(gain, 6)},
-                {"task": "l2s", **base, **given,
-                 "video": draw_lips(out / f"{r.id}.npz", wav, r.text, np.random.default_rng((2502, k, i)))},
             ]  # fmt: skip
+            if final:
+                video = draw_lips(out / f"{r.id}.npz", wav, r.text, np.random.default_rng((2502, k, i)))
+                rows.append({"task": "l2s", **base, **given, "video": video})
     write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda r: r["task"]))
     return out

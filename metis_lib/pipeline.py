@@ -367,15 +367,11 @@ class Metis:
         Its streams are cut to the frames that both have.  As released they are not: there is one acoustic frame more.
         """
         wav, wav_16k = self._hear_both(prompt, SHORTEST_PROMPT, LONGEST_PROMPT)
-        return self.encode_voice(wav, wav_16k)
-
-    def encode_voice(self, wav_24k: Tensor, wav_16k: Tensor) -> Voice:
-        """:meth:`voice` of samples ``[S]`` at both rates."""
-        data = torch.cat([wav_24k, wav_16k]).numpy().tobytes()
+        data = torch.cat([wav, wav_16k]).numpy().tobytes()
         key = hashlib.sha256(data + str((self.compat, id(self.semantic))).encode()).hexdigest()
         if key not in self._voices:
             tokens = self.ssl_tokens(self.features(wav_16k, SSL_RATE))[0]
-            codes = self.acoustic.encode(wav_24k[None].to(self.device))[0]
+            codes = self.acoustic.encode(wav[None].to(self.device))[0]
             if not self.compat:
                 frames = min(len(tokens), len(codes), (len(wav_16k) - REACH) // HOP)
                 tokens, codes, wav_16k = tokens[:frames], codes[:frames], wav_16k[: frames * HOP]

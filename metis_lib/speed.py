@@ -235,7 +235,6 @@ def agreement(systems: dict[str, Metis], task: str, item: dict[str, Any], steps:
     for name in ("released", "fp32"):
         metis = systems[name]
         options = metis.options(task, item, steps=steps)
-        request = metis.job(task, item, systems["released"].options(task, item)).requests[0]
         request = systems["released"].job(task, item, options).requests[0]  # both are fed the same
         with mock.patch.object(stage1.masked, "decode", capture(name)), contextlib.suppress(StopIteration):
             run(metis.task_model(task), metis.stage2_layer1, metis.stage2_full, [request], options)

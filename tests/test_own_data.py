@@ -124,7 +124,7 @@ def test_csv_with_spans_defaults_and_extra_columns(tmp_path: Path) -> None:
     assert any("mood" in note for note in found.notes)
     # what is read later is the span: half of the file each
     waves = store.store_waves(found.rows, tmp_path / "waves")
-    assert np.allclose(store.wave(waves, 1).numpy(), speech(1), atol=1e-3)
+    assert np.allclose(waves[1] / 32767, speech(1), atol=1e-3)
     table.write_text("file;text\na.wav;hi\n")
     with pytest.raises(MetisError, match="path among them"):
         build_manifest(table, tmp_path / "out")

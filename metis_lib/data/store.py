@@ -3,9 +3,8 @@
 A manifest has one JSON line an utterance, checked when read: a recording (path relative to the manifest's
 folder), what is said in it and by whom, where it comes from and under which licence it may be used.
 
-Trainers read one memory-mapped array, so that a crop costs no decoding.
-``waves.npy`` holds int16 samples of all utterances of one split one after the other, ``index.json`` their ids,
-speakers, texts and ends.  :class:`FrameStore` does the same for frame-level data (features, tokens).
+Trainers read one memory-mapped array (:class:`FlatStore`), so that a crop costs no decoding: of all utterances of a
+split one after the other, with their ids, speakers, texts and ends in ``index.json``.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
@@ -245,8 +242,3 @@ def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
                 yield record | film, wav
 
     return FlatStore.write(folder, pieces())
-
-
-def wave(store: FlatStore, i: int) -> Tensor:
-    """Recording ``i`` of a wave store as float32 ``[S]`` in [-1, 1]."""
-    return torch.from_numpy(store[i].astype(np.float32) / 32767)

@@ -139,11 +139,6 @@ def normalise(text: str, language: str = "en") -> str:
     return _normaliser(language)(text).strip()
 
 
-def normalise_english(text: str) -> str:
-    """:func:`normalise` of English."""
-    return normalise(text)
-
-
 def normalise_seedtts(text: str, language: str = "en") -> str:
     """As seed-tts-eval: no punctuation but the apostrophe, lower case, numbers as written; Chinese by characters."""
     from zhon import hanzi

@@ -248,7 +248,8 @@ def units(systems: TaskSummary) -> str:
 def _all_differences(rows: Sequence[dict[str, Any]], task: str, systems: TaskSummary) -> str:
     """HTML of the differences between each model and the others; empty where there is nothing to compare."""
     complete = all("text" in row for row in rows) and len(systems) > 1
-    tables = [differences(rows, task, model) for model in models(systems)] if complete else []
+    compared = models(systems) or [name for name in ("stage2", "resynthesis") if name in systems]  # those of codec
+    tables = [differences(rows, task, model) for model in compared] if complete else []
     return "".join(table.T.to_html(border=0) for table in tables)
 
 

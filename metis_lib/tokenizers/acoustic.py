@@ -301,7 +301,3 @@ class AcousticCodec(nn.Module):
     def track_usage(self, on: bool = True) -> None:
         """Count idle codes while training, so that :meth:`revive` can replace them."""
         self.decoder.quantizer.track_usage(on)
-
-    def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:
-        """Replace codes idle for ``after`` training steps by random encoder outputs; returns how many."""
-        return self.decoder.quantizer.revive(after, generator)

@@ -371,7 +371,3 @@ class SemanticCodec(nn.Module):
     def track_usage(self, on: bool = True) -> None:
         """Count idle codes while training, so that :meth:`revive` can replace them."""
         self.quantizer.track_usage(on)
-
-    def revive(self, after: int = 10, generator: torch.Generator | None = None) -> int:
-        """Replace codes idle for ``after`` training steps by random encoder outputs; returns how many."""
-        return self.quantizer.revive(after, generator)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from metis_lib.errors import MetisError
 
+LEVEL_DB = -23.0
+"""RMS level in dBFS that every utterance of the corpus is brought to."""
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 
 
@@ -203,3 +205,33 @@ def player(wav: Tensor | np.ndarray, sample_rate: int, label: str = "") -> str:
     held = base64.b64encode(buffer.getvalue()).decode("ascii")
     caption = f"<span>{html.escape(label)}</span> " if label else ""
     return f'{caption}<audio controls preload="metadata" src="data:audio/ogg;base64,{held}"></audio>'
+
+
+# ---------------------------------------------------------------- level and silence
+
+
+def level(wav: np.ndarray, level_db: float = LEVEL_DB, peak: float = 0.97) -> np.ndarray:
+    """Scale [S] to an RMS of ``level_db`` dBFS, or less where the peak would pass ``peak``."""
+    rms = float(np.sqrt(np.mean(np.square(wav, dtype=np.float64)))) + 1e-12
+    top = float(np.max(np.abs(wav))) + 1e-12
+    return (wav * min(10 ** (level_db / 20) / rms, peak / top)).astype(np.float32)
+
+
+def frame_db(wav: np.ndarray, rate: int, seconds: float = 0.01) -> np.ndarray:
+    """Level in dB of every ``seconds`` long frame of an array [S]."""
+    n = max(int(rate * seconds), 1)
+    frames = np.pad(wav, (0, -len(wav) % n)).reshape(-1, n).astype(np.float64)
+    return 10 * np.log10(np.mean(frames**2, axis=1) + 1e-10)
+
+
+def trim(wav: np.ndarray, rate: int, *, below_db: float = 38.0, keep: float = 0.08) -> np.ndarray:
+    """Cut silence at both ends of [S], all frames ``below_db`` under the loudest, but ``keep`` seconds."""
+    db = frame_db(wav, rate)
+    loud = np.flatnonzero(db > db.max() - below_db)
+    first, last = loud[0] / 100 - keep, (loud[-1] + 1) / 100 + keep
+    out = wav[max(int(first * rate), 0) : int(last * rate)].copy()
+    fade = min(int(0.005 * rate), len(out) // 2)
+    ramp = np.linspace(0, 1, fade, dtype=out.dtype)
+    out[:fade] *= ramp
+    out[len(out) - fade :] *= ramp[::-1]
+    return out

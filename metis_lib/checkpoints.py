@@ -29,11 +29,15 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What a task adds to stage 1: the changed fields of its configuration, and the rank of its LoRA (0: none)."""
+    """What a task adds to stage 1: the changed fields of its configuration, and the rank of its LoRA (0: none).
+
+    ``apart``: the SSL encoder heard prompt and source each by itself (ours), not one after the other (as released).
+    """
 
     task: str = ""
     stage1: dict[str, Any] = field(default_factory=dict)
     lora_rank: int = 0
+    apart: bool = False
 
 
 def save_part(

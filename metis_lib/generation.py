@@ -32,11 +32,13 @@ class Voice:
         wav_16k: ``[S]`` what a frame-level condition begins with.
         tokens: ``[P]`` SSL tokens.
         codes: ``[P, Q]`` acoustic codes (as released there is one frame more than tokens).
+        features: ``[P, C]`` SSL features, of the prompt alone.
     """
 
     wav_16k: Tensor
     tokens: Tensor
     codes: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,9 @@ def run(
     if requests[0].condition is not None:
         rows = [r.condition for r in requests if r.condition is not None]
         more["condition"] = _sides(rows, cuts).to(stage1.mask_emb.weight.dtype)
-    if with_hint:
-        more["hint"] = _sides([r.hint for r in requests if r.hint is not None], cuts)
+    if with_hint:  # embedded one by one: its convolutions would hear what lies between the rows of a batch
+        hints = [r.hint for r in requests if r.hint is not None]
+        more["hint"] = _sides([stage1.text_hint.alone(hint, stage1.config.phone_vocab - 1) for hint in hints], cuts)
     prompts = [empty if r.voice is None else r.voice.tokens for r in requests]
     trace = stage1.generate(
         pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),

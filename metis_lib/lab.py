@@ -30,7 +30,7 @@ from metis_lib.data.store import read_jsonl
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import metrics, record, report
 from metis_lib.evaluation.systems import Item, load_items, testset_folder
-from metis_lib.pipeline import LONGEST_WHOLE, SOURCES, Metis
+from metis_lib.pipeline import SOURCES, Limits, Metis
 from metis_lib.tasks import TASKS
 
 CALLS = {"tts": "speak", "vc": "convert", "tse": "extract", "se": "enhance", "l2s": "voice_lips", "base": "go_on"}
@@ -101,7 +101,7 @@ class Recorder(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("lab.js").read_text(encoding="utf-8")
     kind = traitlets.Unicode("recorder").tag(sync=True)
-    longest = traitlets.Float(LONGEST_WHOLE).tag(sync=True)
+    longest = traitlets.Float(Limits().whole).tag(sync=True)
 
 
 class Grid(anywidget.AnyWidget):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,15 +34,29 @@ from metis_lib.tokenizers.text import PhoneTokenizer, sentences
 SHORTEST_PROMPT = 0.5
 SHORTEST_INPUT = 0.2
 LONGEST_PROMPT = 20.0
-LONGEST_WHOLE = 30.0
 LONGEST_SPOKEN = 60.0
 LONGEST_INPUT = 3600.0
-"""Limits in seconds.  A source longer than ``LONGEST_WHOLE`` is worked on in windows: attention is quadratic."""
+"""Limits in seconds."""
 
-WINDOW, OVERLAP, CARRY = 1000, 100, 150
-"""Frames of a window, shared with the next one, and that stage 2 goes on from."""
-SAID_AT_ONCE = 15.0
-"""Seconds that a text should not pass; a longer one is said sentence by sentence."""
+
+class Limits(NamedTuple):
+    """Beyond which lengths work is divided: attention is quadratic, and small models are trained on short speech.
+
+    Attributes:
+        whole: seconds of a source; a longer one is worked on in windows.
+        window: frames of a window.
+        said: seconds of a text; a longer one is said sentence by sentence.
+    """
+
+    whole: float = 30.0
+    window: int = 1000
+    said: float = 15.0
+
+
+SMALL = Limits(12.0, 600, 6.0)
+"""Of systems whose SSL encoder is narrower than 512: they are ours."""
+OVERLAP, CARRY = 100, 150
+"""Frames that a window shares with the next one, and that stage 2 goes on from."""
 PAUSE = 0.15
 """Seconds of silence between parts of a long text."""
 HOP = SSL_RATE // FRAME_RATE
@@ -134,6 +148,7 @@ class Metis:
         self.store, self.name, self.device, self.compat = store, store.name, device, compat
         self.compile = compile
         self.traces: dict[str, Any] = {}
+        self._apart: dict[str, bool] = {}
         self._asked: dict[str, str | None] = {}
         self._task_models: dict[str, Stage1] = {}
         self._merged: str | None = None
@@ -206,6 +221,15 @@ class Metis:
         """The tasks that this system has weights for."""
         return self.store.tasks
 
+    @property
+    def limits(self) -> Limits:
+        """Where long work is divided."""
+        return SMALL if self._small else Limits()
+
+    @property
+    def _small(self) -> bool:
+        return not self.compat and self.ssl.config.hidden_size < 512
+
     def __getattr__(self, name: str) -> Any:
         """Parts, at their first use."""
         if name == "phones":
@@ -242,6 +266,7 @@ class Metis:
         if name == "base":
             return self.stage1
         config, added = self.store.task(name, self._asked.get(name))
+        self._apart[name] = config.apart
         plain = {key: value for key, value in added.items() if ".lora_" not in key}
         whole = "to_logit.weight" in plain and not config.lora_rank  # everything was trained
         system = getattr(self.store, "config", None) if whole else None
@@ -367,17 +392,20 @@ class Metis:
         Its streams are cut to the frames that both have.  As released they are not: there is one acoustic frame more.
         """
         wav, wav_16k = self._hear_both(prompt, SHORTEST_PROMPT, LONGEST_PROMPT)
+        if self._small:  # as the speech that it was trained on: stage 2 follows the level
+            wav = torch.from_numpy(audio.level(audio.trim(wav.numpy(), AUDIO_RATE)))
+            wav_16k = audio.resample(wav, AUDIO_RATE, SSL_RATE)
         data = torch.cat([wav, wav_16k]).numpy().tobytes()
         key = hashlib.sha256(data + str((self.compat, id(self.semantic))).encode()).hexdigest()
         if key not in self._voices:
-            tokens = self.ssl_tokens(self.features(wav_16k, SSL_RATE))[0]
-            codes = self.acoustic.encode(wav[None].to(self.device))[0]
+            features = self.features(wav_16k, SSL_RATE)
+            tokens, codes = self.ssl_tokens(features)[0], self.acoustic.encode(wav[None].to(self.device))[0]
             if not self.compat:
                 frames = min(len(tokens), len(codes), (len(wav_16k) - REACH) // HOP)
                 tokens, codes, wav_16k = tokens[:frames], codes[:frames], wav_16k[: frames * HOP]
             while len(self._voices) >= 8:
                 del self._voices[next(iter(self._voices))]
-            self._voices[key] = Voice(wav_16k, tokens, codes)
+            self._voices[key] = Voice(wav_16k, tokens, codes, features[0, : len(tokens)])
         return self._voices[key]
 
     # ------------------------------------------------------------------ tasks
@@ -519,49 +547,53 @@ class Metis:
             raise MetisError("text-guided extraction needs both text and prompt_text")
         said, wanted = (self._phones(words, language) for words in (prompt_text, text))
         voice = self.voice(prompt)
-        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_WHOLE)
+        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, Limits().whole)
         return self._heard(wav, wav_16k, voice, texts=(said, wanted), **more)
 
     def _heard(
         self, wav: Tensor, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator, info: dict[str, Any],
         texts: tuple[Tensor, Tensor] | None = None,
     ) -> Job:  # fmt: skip
-        """A task whose condition is heard: features of prompt and source, in one pass."""
+        """A task whose condition is heard: features of prompt and source."""
         if len(wav_16k) < SHORTEST:
             raise MetisError("the recording is too short for one token")
-        if len(wav) > LONGEST_WHOLE * AUDIO_RATE and not self.compat:
-            return Job([], len(wav), info, self._windows(wav_16k, voice, generator))
-        condition, frames = self._condition(wav_16k, voice)
+        self._held(info["by"])
+        if len(wav) > self.limits.whole * AUDIO_RATE and not self.compat and texts is None:
+            return Job([], len(wav), info, self._windows(wav_16k, voice, generator, info["by"]))
+        condition, frames = self._condition(wav_16k, voice, info["by"])
         start = 0 if voice is None else len(voice.tokens)
         more = {} if texts is None else self._texts(*texts, start, frames, info["by"])
         request = Request(frames, generator, voice, condition, **more)
         return Job([request], None if self.compat else len(wav), info)
 
-    def _condition(self, wav_16k: Tensor, voice: Voice | None) -> tuple[Tensor, int]:
-        """Features ``[P+T, C]`` of prompt and source, and T."""
+    def _condition(self, wav_16k: Tensor, voice: Voice | None, model: str) -> tuple[Tensor, int]:
+        """Features ``[P+T, C]`` of prompt and source, and T; encoded apart or in one pass, as the model learned."""
+        if voice is not None and self._apart[model]:
+            own = self.features(wav_16k, SSL_RATE)[0]
+            return torch.cat([voice.features, own]), len(own)
         before, start = (wav_16k[:0], 0) if voice is None else (voice.wav_16k, len(voice.tokens))
         condition = self.features(torch.cat([before, wav_16k]), SSL_RATE)[0]
         return condition, len(condition) - start
 
     def _windows(
-        self, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator
+        self, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator, model: str
     ) -> Generator[tuple[Request, int], Made | None, None]:
         """Requests for windows of a long source; what was made of the last one is sent in.
 
         Stage 1 hears windows that overlap, each cut in the middle of what it shares; stage 2 goes on from the end of
         the window before, so that voice and phase run through.
         """
-        total, first, cut = count_frames(len(wav_16k)), 0, 0
+        total, first, cut, window = count_frames(len(wav_16k)), 0, 0, self.limits.window
         done: Made | None = None
         while True:
-            last = min(first + WINDOW, total)
+            last = min(first + window, total)
             piece = wav_16k[HOP * first : HOP * last + REACH]
-            condition, frames = self._condition(piece, voice)
+            condition, frames = self._condition(piece, voice, model)
             request = Request(
                 frames, generator, voice, condition, skip=cut - first,
                 carry=None if done is None else (done.tokens[-CARRY:], done.codes[-CARRY:]),
             )  # fmt: skip
-            after = first + WINDOW - OVERLAP
+            after = first + window - OVERLAP
             end = last if last == total else after + OVERLAP // 2
             done = yield request, end - cut
             if last == total:
@@ -598,7 +630,7 @@ class Metis:
             return target_frames(start, before, after)
 
         parts = [(text, wanted)]
-        if seconds is None and not self.compat and length(text, wanted) > SAID_AT_ONCE * FRAME_RATE:
+        if seconds is None and not self.compat and length(text, wanted) > self.limits.said * FRAME_RATE:
             parts = [(words, self._phones(words, language)) for words in self._gather(text, language, length)]
         requests = []
         for words, phones in parts:
@@ -613,13 +645,13 @@ class Metis:
         return Job(requests, None, info | {"text": text})
 
     def _gather(self, text: str, language: str, length: Callable[[str, Tensor], int]) -> list[str]:
-        """Sentences of a text, as many together as are said in ``SAID_AT_ONCE``."""
+        """Sentences of a text, as many together as are said at once."""
         groups: list[str] = []
         for sentence in sentences(text, language):
             if not any(character.isalnum() for character in sentence):
                 continue
             both = f"{groups[-1]} {sentence}" if groups else sentence
-            if groups and length(both, self._phones(both, language)) <= SAID_AT_ONCE * FRAME_RATE:
+            if groups and length(both, self._phones(both, language)) <= self.limits.said * FRAME_RATE:
                 groups[-1] = both
             else:
                 groups.append(sentence)

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from metis_lib import audio
+from metis_lib.audio import level
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.importers import AUDIO, UNKNOWN, Entry, Imported, build_rows, divide, stated_path
-from metis_lib.data.simulate import Rooms, level
+from metis_lib.data.simulate import Rooms
 from metis_lib.data.store import read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
 

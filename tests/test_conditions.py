@@ -56,6 +56,41 @@ def test_prepared_examples_lose_their_prompt_as_often_as_asked(job_of, tmp_path)
     assert 70 < sum(lost) < 130
 
 
+@pytest.mark.parametrize("model", ["vc", "tse", "l2s"])
+def test_prompts_are_other_recordings_as_in_generation(job_of, model):  # noqa: F811
+    """Whole ones of the same speaker, each encoded by itself, as the pipeline then does."""
+    job = replace(job_of(model), options={"passes": 1})
+    _, source, saved = recipes.BUILD[model](job)
+    waves, alone = job.waves("train"), {}
+    for i, item in enumerate(waves.items):
+        heard = data._heard(waves[i].astype(np.float32) / 32767)[None]
+        n = torch.tensor([heard.shape[1]])
+        alone[item["id"]] = job.frozen.tokens(heard, n)[0], job.frozen.features(heard, n)[0]
+    speaker = {item["id"]: item["speaker"] for item in waves.items}
+    batch = source.batch(range(len(source.lengths)), epoch=0, step=0)
+    for row, item in enumerate(source.store.items):
+        p, n = int(batch["prompt"][row]), len(source.store[row])
+        assert int(batch["lengths"][row]) == p + n
+        assert torch.equal(batch["tokens"][row, p : p + n], torch.from_numpy(source.store[row][:, 0].astype(np.int64)))
+        others = [id for id, who in speaker.items() if who == speaker[item["id"]] and id != item["id"]]
+        prompt = [id for id in others if len(alone[id][0]) == p]
+        assert prompt and (alone[prompt[0]][0] == batch["tokens"][row, :p]).float().mean() > 0.95  # random codes tie
+        wanted = torch.zeros(p, batch["features"].shape[2]) if model == "l2s" else alone[prompt[0]][1]
+        torch.testing.assert_close(batch["features"][row, :p].float(), wanted, atol=2e-3, rtol=2e-3)
+    assert saved()["config"].apart == (model != "l2s")
+
+
+def test_who_says_only_one_thing_is_prompted_by_its_beginning(job_of):  # noqa: F811
+    _, source, _ = recipes.BUILD["vc"](replace(job_of("vc"), options={"passes": 1}))
+    voices = replace(source.voices, speakers={})
+    for row, item in enumerate(source.store.items):
+        n = len(source.store[row])
+        before, cut = voices.before(item["id"], n, np.random.default_rng(row))
+        assert 0.2 * n - 1 <= cut == len(before) <= 0.5 * n
+        assert np.array_equal(before, voices.store[voices.at[item["id"]]][:cut])
+        assert len(voices.before("nobody", n, np.random.default_rng(0))[0]) == 0
+
+
 @pytest.mark.parametrize("model", ["se", "omni"])
 def test_a_task_trains_from_prepared_examples(job_of, model):  # noqa: F811
     job = replace(job_of(model, steps=4), options={"passes": 1})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data import simulate, store
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
@@ -149,13 +150,13 @@ def test_resource_bundle_is_read() -> None:
 def test_level_and_trim() -> None:
     speech = np.random.default_rng(0).standard_normal(24000).astype(np.float32) * 0.01
     wav = np.concatenate([np.zeros(12000, np.float32), speech, np.zeros(12000, np.float32)])
-    cut = simulate.trim(wav, 24000)
+    cut = audio.trim(wav, 24000)
     assert abs(len(cut) - 24000 - 2 * 0.08 * 24000) < 500
-    loud = simulate.level(cut)
-    assert abs(10 * np.log10(simulate.power(loud)) - simulate.LEVEL_DB) < 0.01
+    loud = audio.level(cut)
+    assert abs(10 * np.log10(simulate.power(loud)) - audio.LEVEL_DB) < 0.01
     spike = np.zeros(24000, np.float32)
     spike[100] = 0.5
-    assert np.abs(simulate.level(spike)).max() == pytest.approx(0.97, abs=1e-4), "never clipped"
+    assert np.abs(audio.level(spike)).max() == pytest.approx(0.97, abs=1e-4), "never clipped"
 
 
 def test_room_has_its_direct_path_where_it_says() -> None:
@@ -272,7 +273,7 @@ def test_plan_says_when_sentences_run_out() -> None:
 
 
 def _speech(seed: int, length: int = 4800) -> np.ndarray:
-    return simulate.level(np.random.default_rng(seed).standard_normal(length).astype(np.float32))
+    return audio.level(np.random.default_rng(seed).standard_normal(length).astype(np.float32))
 
 
 def _tone(hz: float, length: int = 24000) -> np.ndarray:

@@ -337,8 +337,7 @@ def test_long_sources_are_worked_on_in_windows(ours, monkeypatch, task, start):
     """Every frame of the source is heard once, at its place; stage 2 goes on from what was made."""
     import metis_lib.pipeline as pipeline
 
-    monkeypatch.setattr(pipeline, "LONGEST_WHOLE", 0.5)
-    for name, value in {"WINDOW": 20, "OVERLAP": 6, "CARRY": 5}.items():
+    for name, value in {"SMALL": pipeline.Limits(0.5, 20, 15.0), "OVERLAP": 6, "CARRY": 5}.items():
         monkeypatch.setattr(pipeline, name, value)
     wav = torch.randn(320 * 71 + 250) * 0.1
     both = {"prompt": ours._hear_both("prompt"), "source": (torch.randn(len(wav) * 3 // 2), wav)}
@@ -349,7 +348,7 @@ def test_long_sources_are_worked_on_in_windows(ours, monkeypatch, task, start):
     condition = ours._condition
     stage2 = ours.stage2_layer1.generate
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "_condition", lambda piece, voice: heard.append(piece) or condition(piece, voice))
+        patch.setattr(ours, "_condition", lambda piece, *more: heard.append(piece) or condition(piece, *more))
         patch.setattr(ours.stage2_layer1, "generate", lambda s, p, **k: prompts.append(p.shape[1]) or stage2(s, p, **k))
         ours.run([job], options)
     assert sum(len(made.codes) for made in job.made) == 71 == sum(len(made.tokens) for made in job.made)

@@ -1,6 +1,7 @@
 """The pipeline with random weights, its checkpoints, and the nano system that ships."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ import torch
 
 from metis_lib import Metis, audio
 from metis_lib.checkpoints import SHIPPED, load_config_and_card, save_part, sha256
-from metis_lib.config import AcousticCodecConfig, Stage1Config
+from metis_lib.config import AcousticCodecConfig, DecodeSettings, Stage1Config, preset
 from metis_lib.errors import MetisError
+from metis_lib.generation import Options, Request, Voice, run
+from metis_lib.models.stage1 import Stage1
+from metis_lib.models.stage2 import Stage2
 
 TESTSET = Path(__file__).parent.parent / "eval" / "testsets" / "human"
 
@@ -75,6 +79,50 @@ def test_lengths_know_of_silence_at_both_ends(debug, monkeypatch):
     units = [len(debug.phones.encode(text, "en")) + 18 for text in (said, wanted)]
     speech = debug.speak(wanted, prompt=hum(6.0), prompt_text=said, steps=2)
     assert speech.seconds == pytest.approx(round(len(debug.voice(hum(6.0)).tokens) * units[1] / units[0]) / 50)
+
+
+def test_prompt_and_source_are_heard_as_the_model_learned(debug, monkeypatch):
+    wav, voice = audio.resample(hum(1.5), 24_000, 16_000), debug.voice(hum(1.0))
+    debug.task_model("vc")
+    monkeypatch.setitem(debug._apart, "vc", True)
+    condition, frames = debug._condition(wav, voice, "vc")
+    own = debug.features(wav, 16_000)[0]
+    assert torch.equal(condition, torch.cat([voice.features, own])) and frames == len(own)
+    monkeypatch.setitem(debug._apart, "vc", False)
+    together, same = debug._condition(wav, voice, "vc")
+    assert torch.equal(together, debug.features(torch.cat([voice.wav_16k, wav]), 16_000)[0])
+    assert len(together) - same == len(voice.tokens) and not torch.allclose(
+        together[: len(voice.tokens)], voice.features
+    )
+
+
+def test_prompts_come_to_the_level_and_length_of_the_training(debug):
+    """Loud or soft, with or without silence around it: the same voice."""
+    wav = hum(1.2)
+    soft = torch.cat([torch.zeros(12_000), 0.05 * wav, torch.zeros(24_000)])
+    one, two = debug.voice(wav), debug.voice(soft)
+    assert 0 <= len(two.tokens) - len(one.tokens) <= 9  # 80 ms at both ends
+    assert two.wav_16k.abs().max() == pytest.approx(float(one.wav_16k.abs().max()), rel=0.15)
+
+
+def test_hints_of_a_batch_are_those_of_its_items():
+    """Convolutions over frame-level phones hear nothing of the padding between the rows of a batch."""
+    torch.manual_seed(0)
+    sizes = preset("debug")
+    stage1 = Stage1(replace(sizes.stage1, use_phones=True, phone_vocab=20, text_hint="timed")).eval()
+    nets = [Stage2(sizes.stage2_layer1).eval(), Stage2(sizes.stage2_full).eval()]
+    torch.nn.init.ones_(stage1.text_hint.gate_scale)
+
+    def request(p, t, seed):
+        voice = Voice(torch.zeros(0), torch.arange(p) % 48, torch.zeros(p, 12, dtype=torch.long), torch.zeros(p, 32))
+        hint, phones = (torch.arange(n) * 7 % 19 for n in (p + t, 6))
+        return Request(t, torch.Generator().manual_seed(seed), voice, phones=phones, hint=hint)
+
+    options = Options(DecodeSettings(steps=4, top_k=1, choice_temperature=0.0), stage2_steps=(1,) * 12)
+    shapes = [(5, 40, 0), (30, 12, 1)]
+    both = run(stage1, *nets, [request(*shape) for shape in shapes], options)
+    for made, shape in zip(both, shapes, strict=True):
+        assert torch.equal(made.tokens, run(stage1, *nets, [request(*shape)], options)[0].tokens)
 
 
 def test_traces_show_every_iteration(debug):

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from torch.utils.data import DataLoader
 
+from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data import simulate
 from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources, Utterance, se, tse, tts, vc
@@ -48,7 +49,7 @@ def speech() -> list[Utterance]:
         start = int(generator.integers(len(waves[name]) - length))
         wav = waves[name][start : start + length]
         if power(wav) > 1e-4:
-            out.append(Utterance(f"u{len(out)}", speakers()[name], simulate.level(wav), f"words {len(out)}"))
+            out.append(Utterance(f"u{len(out)}", speakers()[name], audio.level(wav), f"words {len(out)}"))
     return out
 
 
@@ -269,12 +270,15 @@ def test_voice_shift_moves_the_pitch_and_keeps_the_time(name: str) -> None:
 
 
 def test_voice_shift_draws_both_ways_within_its_ranges() -> None:
-    drawn = [VoiceShift().draw(np.random.default_rng(seed)) for seed in range(COUNT)]
+    drawn = [VoiceShift(mild=0.0).draw(np.random.default_rng(seed)) for seed in range(COUNT)]
     up = [d for d in drawn if d["pitch"] > 1]
     assert near(len(up), 0.5) and all((d["formants"] > 1) == (d["pitch"] > 1) for d in drawn)
     for d in drawn:
         assert 1.1995 <= max(d["formants"], 1 / d["formants"]) <= 1.4005
         assert 1.2995 <= max(d["pitch"], 1 / d["pitch"]) <= 2.0005 and 0.6 <= d["spread"] <= 1.4
+    drawn = [VoiceShift().draw(np.random.default_rng(seed)) for seed in range(COUNT)]
+    mild = [d for d in drawn if max(d["formants"], 1 / d["formants"]) < 1.4**0.4 + 0.001]
+    assert near(len(mild), 0.3) and all(max(d["pitch"], 1 / d["pitch"]) < 2**0.4 + 0.001 for d in mild)
 
 
 def test_voice_shift_takes_what_has_no_pitch() -> None:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metis_lib import audio
+from metis_lib.audio import frame_db
 from metis_lib.config import SSL_RATE
-from metis_lib.data.simulate import frame_db
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.acoustic import mel_filters
 from metis_lib.tokenizers.text import clean, expand_english, merge_phones

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -60,16 +60,21 @@ class VoiceShift:
         pitch: range of the ratio of median F0.
         spread: range of the factor on the F0 range around its median.
         f0_hz: lowest and highest F0, searched and made.
+        mild: how often the shift is a small one (its logarithm times ``MILD``): far shifts blur phones, and what is
+            converted in the end is natural speech.
     """
 
     formants: tuple[float, float] = (1.2, 1.4)
     pitch: tuple[float, float] = (1.3, 2.0)
     spread: tuple[float, float] = (0.6, 1.4)
     f0_hz: tuple[float, float] = (60.0, 400.0)
+    mild: float = 0.3
+
+    MILD: ClassVar = 0.4
 
     def draw(self, generator: np.random.Generator) -> dict[str, float]:
         """``formants``, ``pitch`` and ``spread`` as :meth:`__call__` draws them, and ``praat_seed``."""
-        up = 1 if generator.random() < 0.5 else -1
+        up = (1 if generator.random() < 0.5 else -1) * (self.MILD if generator.random() < self.mild else 1.0)
         return {
             "formants": round(float(generator.uniform(*self.formants)) ** up, 4),
             "pitch": round(float(generator.uniform(*self.pitch)) ** up, 4),

@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from metis_lib import notebook
-from metis_lib.data.simulate import frame_db
+from metis_lib.audio import frame_db
 from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl, write_text
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import VOICES

@@ -42,6 +42,11 @@ class TextHint(nn.Module):
         x = x + self.second(nn.functional.silu(self.first(x)))
         return self.out(x.transpose(1, 2)) * self.gate_scale
 
+    def alone(self, phones: Tensor, pad: int) -> Tensor:
+        """Those of one utterance, ``[T]`` to ``[T, H]``, followed by padding as nearly all are in training."""
+        reach = 2 * (self.first.kernel_size[0] // 2)
+        return self(nn.functional.pad(phones, (0, reach), value=pad)[None])[0, : len(phones)]
+
 
 def stretch(phones: Tensor, frames: int) -> Tensor:
     """Spread ``phones [B, L]`` evenly over ``frames``: ``[B, frames]``."""
@@ -165,12 +170,13 @@ class Stage1(nn.Module):
         return self.durations(phones[None])[0].float().exp()
 
     def condition_embedding(self, condition: Tensor | None, hint: Tensor | None) -> Tensor | float:
-        """What is added to the input: adapter output plus text hint, ``[B, T, H]`` (0.0 when there is neither)."""
+        """What is added to the input: adapter output plus text hint (phones, or embedded), ``[B, T, H]``; 0.0 when
+        there is neither."""
         added: Tensor | float = 0.0
         if condition is not None:
             added = self.cond_adapter(condition)
         if hint is not None and self.config.text_hint != "none":
-            added = added + self.text_hint(hint)
+            added = added + (hint if hint.is_floating_point() else self.text_hint(hint))
         return added
 
     @torch.no_grad()
@@ -197,7 +203,7 @@ class Stage1(nn.Module):
             prompt_lengths: ``[B]`` frames of each prompt, all P if absent; what lies beyond changes nothing.
             phones: ``[B, L]`` phones of prompt text and text; ``phone_lengths [B]`` as for prompts.
             condition: ``[B, P+T, C]`` frame-level condition, the prompt's in the first P rows.
-            hint: ``[B, P+T]`` frame-level phones (models with a text hint).
+            hint: ``[B, P+T]`` frame-level phones (models with a text hint), or ``[B, P+T, H]``, embedded.
             settings: see :class:`DecodeSettings`.  Guidance drops prompt, phones and hint and keeps the
                 frame-level condition (as released); without any of those three it is skipped, being the identity.
             generator: of the noise; one an utterance makes a batch equal to its items (see :class:`masked.Draws`).

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metis_lib.data.store import FlatStore
 from metis_lib.errors import MetisError
@@ -62,11 +63,48 @@ def prepare(
 
 
 @dataclass
+class Voices:
+    """Clean recordings that become prompts, as in generation: another one of the speaker, encoded by itself.
+
+    ``store`` is one of :func:`prepare` whose condition is the clean speech; ``speakers`` tells who says what (by id).
+    """
+
+    store: FlatStore
+    speakers: dict[str, str]
+
+    LONGEST: ClassVar = 200
+    """Frames of a prompt; a longer one is cut."""
+
+    def __post_init__(self) -> None:
+        self.at = {item["id"]: j for j, item in enumerate(self.store.items)}
+        self.of: dict[str, list[int]] = {}
+        for id, j in self.at.items():
+            if self.store.length(j) >= 25:
+                self.of.setdefault(self.speakers.get(id, id), []).append(j)
+
+    def before(self, id: str, frames: int, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+        """A prompt ``[P, 1 + C]`` for an example of ``frames``, and how many of these it takes the place of.
+
+        Where the speaker has said nothing else it is the beginning of the example, a fifth to a half of it.
+        """
+        others = [j for j in self.of.get(self.speakers.get(id, id), ()) if j != self.at.get(id)]
+        if others:
+            return self.store[others[int(generator.integers(len(others)))]][: self.LONGEST], 0
+        own = self.at.get(id)
+        same = own is not None and self.store.length(own) == frames
+        cut = int(frames * generator.uniform(0.2, 0.5)) if same else 0
+        return self.store[own or 0][:cut], cut
+
+
+@dataclass
 class Prepared:
     """Examples of :func:`prepare` as a source of batches.
 
     A batch: ``tokens [B, T]``, ``features [B, T, C]`` (the condition, encoded), ``lengths``, ``t``, ``prompt``,
     ``hidden`` and ``exists [B, T]``; an utterance loses its prompt with probability ``dropout`` (guidance).
+
+    With ``voices`` every example follows a prompt of theirs; of a ``blind`` one (lip-to-speech) the condition is zero.
+    A batch then has more frames than it was planned for.
     """
 
     store: FlatStore
@@ -74,19 +112,31 @@ class Prepared:
     masking: MaskingSettings = MaskingSettings()
     dropout: float = 0.0
     seed: int = 0
+    voices: Voices | None = None
+    blind: bool = False
     ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.lengths = self.store.ends - self.store.starts
 
+    def _example(self, i: int, epoch: int) -> tuple[Tensor, int]:
+        """Example ``i`` ``[T, 1 + C]`` and the frames of its prompt."""
+        own = np.array(self.store[i])
+        if self.voices is None:
+            return torch.from_numpy(own), self.store.items[i]["prompt"]
+        before, cut = self.voices.before(self.store.items[i]["id"], len(own), chance(self.seed, epoch, i, 4))
+        if self.blind:
+            before = np.pad(before[:, :1], ((0, 0), (0, own.shape[1] - 1)))
+        return torch.from_numpy(np.concatenate([before, own[cut:]])), len(before)
+
     def batch(self, items: Any, *, epoch: int, step: int) -> Batch:
-        arrays = [torch.from_numpy(np.array(self.store[i])) for i in items]
+        arrays, given = zip(*(self._example(int(i), epoch) for i in items), strict=True)
         both, lengths = padded(arrays)
         exists = torch.arange(both.shape[1])[None] < lengths[:, None]
         free = replace(self.masking, prompt_probability=0.0)
         times, prompts, masks = [], [], []
         for row, (i, n) in enumerate(zip(items, lengths.tolist(), strict=True)):
-            prompt = min(self.store.items[i]["prompt"], n - 1)
+            prompt = min(given[row], n - 1)
             t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(self.seed, epoch, int(i)))
             hidden[:, :prompt] = False
             hidden[0, prompt] |= ~hidden.any()

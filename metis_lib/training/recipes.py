@@ -30,8 +30,9 @@ from metis_lib.config import (
     SystemConfig,
     preset,
 )
-from metis_lib.data.examples import Pool, Sources
+from metis_lib.data.examples import Pool, Simulation, Sources
 from metis_lib.data.shards import Packed, Shards, tokenise
+from metis_lib.data.simulate import Extraction, Prompt
 from metis_lib.data.store import FlatStore, read_manifest
 from metis_lib.errors import MetisError
 from metis_lib.models.discriminators import NANO, DiscriminatorConfig
@@ -49,7 +50,7 @@ from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
 from metis_lib.training.durations import time_phones
 from metis_lib.training.loop import Objective, TrainSettings, card, fit, make_fabric
-from metis_lib.training.prepared import Mixed, Prepared, prepare
+from metis_lib.training.prepared import Mixed, Prepared, Voices, prepare
 from metis_lib.training.teacher import ASSET, WIDTH, Taught, teach
 
 FOLDERS = {"semantic": "semantic_codec", "acoustic": "acoustic_codec"} | {name: f"tasks/{name}" for name in TASKS}
@@ -327,7 +328,8 @@ def _task(job: Job) -> Built:
     told = o["text_hint"] != "none" and entry.takes_text
     hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
     changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
-    config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0)
+    apart = bool(o["passes"]) and bool({"vc", "tse"} & set(entry.mixture or (job.model,)))
+    config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0, apart)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
     model = gen.task_model(base_config, base, config, o["dropout"])
     gen.choose_trained(model, base, job.mode)
@@ -356,33 +358,47 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
             joined=o["joined"] if split == "train" else 0.0,
         )  # fmt: skip
 
-    def simulated(odds: dict[str, float]) -> Any:
+    def simulated(odds: dict[str, float], **changes: Any) -> Any:
         if entry.takes_video:
-            return data.Lips(job.waves(split), entry.masking, longest, seed)
+            return data.Lips(job.waves(split), changes.get("masking", entry.masking), longest, seed)
         pool = Pool(job.waves(split))
         shards = job.tokens(split) if not o["audio"] else None
-        return data.Adaptation(
-            pool, job.sources(split, pool), odds, masking=entry.masking, shards=shards, dropout=drop, longest=longest,
-            seed=seed,
-        )  # fmt: skip
+        given: dict[str, Any] = {"sources": job.sources(split, pool), "masking": entry.masking, **changes}
+        return data.Adaptation(pool, odds=odds, shards=shards, dropout=drop, longest=longest, seed=seed, **given)
 
     if frozen is None:
         return spoken()
     odds = entry.mixture or {job.model: 1.0}
     if not o["passes"]:
         return simulated(odds)
-    parts = ("ssl", "semantic_codec", *(("lips",) if lips else ()))
-    made_by = "-".join(system_hash(job.out / part)[:8] for part in parts)
+
+    def examples(name: str, source: Any, passes: int, *parts: str) -> FlatStore:
+        made_by = "-".join(system_hash(job.out / part)[:8] for part in ("ssl", "semantic_codec", *parts))
+        folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return prepare(source, lambda batch: gen.encode(batch, frozen, lips), folder, passes=passes)
+
+    # Prompts are drawn for every batch, so nothing of an example is one.
+    whole = Simulation(vc=Prompt(p=0.0), tse=Extraction(prompt=Prompt(p=0.0)))
+    silent = replace(entry.masking, prompt_probability=0.0)
+    voices = None
+    if prompted := {"vc", "tse", "l2s"} & set(odds):
+        waves = job.waves(split)
+        same = Sources(perturb=lambda wav, _: wav)  # a conversion that changes nothing: clean speech is the condition
+        shards = job.tokens(split) if not o["audio"] else None
+        clean = data.Adaptation(Pool(waves), same, {"vc": 1.0}, whole, shards=shards, longest=longest, seed=seed)
+        voices = Voices(examples("clean", clean, 1), {item["id"]: item["speaker"] for item in waves.items})
     sources: dict[str, Any] = {}
     for name in odds:
         if name == "tts":
             sources[name] = spoken()
             continue
-        passes = o["passes"] if split == "train" else 1
-        folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        store = prepare(simulated({name: 1.0}), lambda batch: gen.encode(batch, frozen, lips), folder, passes=passes)
-        sources[name] = Prepared(store, name, entry.masking, drop if name in ("vc", "tse") else 0.0, seed)
+        source = simulated({name: 1.0}, params=whole, masking=silent) if name in prompted else simulated({name: 1.0})
+        store = examples(name, source, o["passes"] if split == "train" else 1, *(("lips",) if lips else ()))
+        free = drop if name in ("vc", "tse") else 0.0
+        sources[name] = Prepared(
+            store, name, entry.masking, free, seed, voices if name in prompted else None, entry.takes_video
+        )
     return sources[job.model] if len(sources) == 1 else Mixed(sources, odds, job.settings)
 
 
@@ -569,11 +585,13 @@ def finetune(
                 f"{manifest} has no recordings of the split {split!r}; see metis prepare manifest --splits"
             )
     system = derive(base, out)
-    options = {"audio": True, **match_task(out, name, mode, rank)}
+    like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
+    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank)}
+    if like == "nano" and task(name).takes_prompt and not task(name).like:  # prompts are whole other recordings
+        options |= {"joined": 0.5} if task(name).takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
-    like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
     job = Job(
         name, system, out, settings or settings_for(name, like), manifest, mode=mode, rank=rank, options=options,
         workers=workers, about=about,

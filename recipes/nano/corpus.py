@@ -28,8 +28,9 @@ import numpy as np
 import soundfile
 
 from metis_lib import assets, audio
+from metis_lib.audio import level
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.simulate import Rooms, level
+from metis_lib.data.simulate import Rooms
 from metis_lib.data.store import read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import asr, human, packages, synthesis

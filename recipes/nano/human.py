@@ -23,8 +23,8 @@ import soundfile
 import torch
 
 from metis_lib import audio
+from metis_lib.audio import frame_db, level, trim
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.simulate import frame_db, level, trim
 from metis_lib.data.store import row, write_jsonl
 from recipes.nano import packages
 

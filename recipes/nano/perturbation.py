@@ -73,9 +73,9 @@ class World(VoiceShift):
 
 
 METHODS: dict[str, Perturb] = {
-    "praat": VoiceShift(),
-    "praat-medium": VoiceShift(formants=(1.15, 1.3)),
-    "praat-gentle": VoiceShift(formants=(1.1, 1.3), pitch=(1.1, 1.6)),
+    "praat": VoiceShift(mild=0.0),
+    "praat-medium": VoiceShift(formants=(1.15, 1.3), mild=0.0),
+    "praat-gentle": VoiceShift(formants=(1.1, 1.3), pitch=(1.1, 1.6), mild=0.0),
     "praat-identity": VoiceShift(formants=(1.0, 1.0), pitch=(1.0, 1.0), spread=(1.0, 1.0)),
     "world-dio": World(formants=(1.15, 1.3)),
     "world-harvest": World(formants=(1.15, 1.3), tracker="harvest"),

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from metis_lib import assets, audio
+from metis_lib.audio import level, trim
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.simulate import level, trim
 from metis_lib.data.store import Row, read_jsonl, read_manifest, row, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import packages

@@ -21,10 +21,11 @@ import numpy as np
 import soundfile
 
 from metis_lib import assets, audio
+from metis_lib.audio import level, trim
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.align import align
 from metis_lib.data.lips import FaceStyle, render
-from metis_lib.data.simulate import HOP, Degradation, Noises, Recording, Rooms, degrade, level, trim
+from metis_lib.data.simulate import HOP, Degradation, Noises, Recording, Rooms, degrade
 from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import corpus, human, packages, synthesis

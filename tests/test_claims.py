@@ -2,8 +2,10 @@
 
 import itertools
 import os
+import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from metis_lib.checkpoints import save_part
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
+from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage2 import Stage2
 from metis_lib.training import data
 from recipes.claims import arms, decode, probes, queue, table
@@ -57,11 +60,34 @@ def test_an_arm_begins_from_its_pretraining_and_is_measured_by_condition(lab):
     assert found == result_of(lab, arm) and found["tokens"] == 900 and found["hours_used"]["se"] > 0
     assert not list((lab.home / "runs").glob("*")) and (lab.home / "systems" / arm.id / "tasks" / "se").is_dir()
     assert result_of(replace(lab, tokens=1200), arm) is None  # another budget is another arm
+    with pytest.raises(MetisError, match="pretrained-s0, which is not trained yet"):
+        train(replace(lab, pretraining=1200), arm)  # what lies there was made otherwise
+
+
+def test_what_a_result_depends_on_is_in_its_key_and_is_read_once(lab, monkeypatch):
+    arm, others = Arm("se", hours=MANY), [Arm("tts"), Arm("tse"), Arm("direct"), Arm("omni")]
+    before, then = arms.key_of(lab, arm), [arms.key_of(lab, other) for other in others]
+    made = data.prepared(lab.manifest) / "examples-se-3-600-made-by" / "train" / "index.json"
+    made.parent.mkdir(parents=True)
+    made.touch()
+    assert lab.passes("se") == 3 and arms.key_of(lab, arm) != before
+    same = [arms.key_of(lab, other) == key for other, key in zip(others, then, strict=True)]
+    assert same == [True, True, False, False]  # those that see none of it
+    shutil.rmtree(made.parents[1])
+    assert arms.key_of(lab, arm) == before
+    arms._once.cache_clear()
+    for work in queue.plan(lab):
+        assert work.arm is None or arms.key_of(lab, work.arm)
+    assert arms._once.cache_info().misses == 8  # six parts, the manifest and where it is prepared
+    monkeypatch.setattr(arms, "code", lambda *names: str(names))
+    assert arms.key_of(lab, arm) != before
 
 
 def test_an_arm_that_gets_a_signal_goes_on_to_the_same_end(lab, tmp_path, monkeypatch):
     arm, other = Arm("tts", "none", hours=MANY), replace(lab, home=tmp_path)
     undisturbed, opened = train(lab, arm), data.Feed.open
+    scores = undisturbed["held_out"]["tts"]
+    assert all(scores[f"{name}_clean"] == scores[name] for name in ("told", "untold", "random"))  # no human here
 
     def told_to_stop(self, step=0, *rest):
         for at, batch in enumerate(opened(self, step, *rest), step):
@@ -102,6 +128,8 @@ def test_omni_lora_and_direct_arms_run(lab):
     train(lab, Arm("stage1"))
     omni = train(lab, Arm("omni", hours=MANY))
     assert set(omni["held_out"]) == set(omni["hours_used"]) == {"tts", "vc", "tse", "se"}
+    feed = arms.feed_of(lab, Arm("omni", hours=MANY), sources(lab, Arm("omni"), "train"), lab.settings(9000, 0))
+    assert feed.shares.tolist() == [0.25] * 4  # of each task it sees as much as the single arm
     lora, full = (train(lab, Arm("se", hours=MANY, rank=rank)) for rank in (4, 0))
     assert 0 < lora["trained"] < full["trained"] and lora["held_out"] != full["held_out"]
     direct = train(lab, Arm("direct", "none", hours=MANY))
@@ -155,6 +183,83 @@ def test_clean_data_is_synthetic_and_prompts_can_be_left_out(lab):
     assert not any(without.batch(items, epoch=e, step=0)["prompt"].any() for e in range(5))
     given = sources(lab, Arm("stage1"), "train")["stage1"]
     assert any(given.batch(items, epoch=e, step=0)["prompt"].any() for e in range(5))
+
+
+def test_clean_arms_learn_from_half_as_much_and_are_judged_on_synthetic_speech(monkeypatch):
+    human = [i % 3 > 0 for i in range(90)]
+    spoken = SimpleNamespace(
+        lengths=np.full(90, 9000), shards=SimpleNamespace(record=lambda i: {"human": human[i]}),
+        masking=MaskingSettings(),
+    )  # fmt: skip
+    monkeypatch.setattr(arms, "whole", lambda lab, task, split: (spoken, tuple(map(str, range(90)))))
+    lab = Lab.of("ablate", held_out=20)
+    claim = next(c for c in all_claims(lab) if c.id == "more-or-cleaner-tts")
+    assert claim.condition == "told_clean" and claim.arms[1].hours == 3.3  # of 6.7 h that are seen
+    assert "half as much" in claim.claim and [arm.data for arm in claim.arms] == ["all", "clean"]
+    shared, alone = (sources(lab, claim.arms[0], "validation", clean=c)["tts"].lengths for c in (False, True))
+    assert (shared > 0).sum() == (alone > 0).sum() == 20 and not (alone[human] > 0).any() and shared[human].any()
+    assert np.array_equal(sources(lab, claim.arms[1], "validation", clean=True)["tts"].lengths, alone)
+    learned = [sources(lab, arm, "train")["tts"].lengths for arm in claim.arms]
+    assert learned[0].sum() == 90 * 9000 and not learned[1][human].any() and (learned[1] > 0).sum() == 30
+    few = replace(claim.arms[1], hours=1.0)
+    assert (sources(lab, few, "train")["tts"].lengths > 0).sum() == 20
+
+
+# ---------------------------------------------------------------- what is decoded
+
+
+def test_text_is_compared_without_guidance(lab, monkeypatch):
+    asked = []
+    metis = SimpleNamespace(tasks=("omni",), generate=lambda task, items, **given: asked.append((items[0], given)))
+    monkeypatch.setattr(decode, "Metis", SimpleNamespace(from_pretrained=lambda folder: metis))
+    item = decode.items_of(replace(lab, items=1), "tse")
+    for variant in decode.studies(lab)["text-tse"].variants:
+        decode.maker(lab, "text-tse", variant, 0)(item, 0)
+    assert [given["cfg"] for _, given in asked] == [0.0, 0.0, 2.5]
+    assert [("text" in given, given["by"]) for given, _ in asked] == [(told, "omni") for told in (False, True, True)]
+
+
+def test_what_a_study_depends_on_is_in_its_key(lab, tmp_path, monkeypatch):
+    shutil.copytree(record.ROOT / "eval" / "testsets" / "human", tmp_path / "heard")
+    mine = replace(lab, testset=str(tmp_path / "heard"))
+    before = {name: decode.key_of(mine, name) for name in decode.studies(mine)}
+    assert before == {name: decode.key_of(mine, name) for name in before}
+
+    def changed():
+        return {name for name, key in before.items() if decode.key_of(mine, name) != key}
+
+    defaults, decoded = lab.system / "decode.json", set(table.TRAINED)
+    defaults.write_text('{"tts": {"cfg": 1.0}}')
+    assert changed() == set(before) - decoded
+    defaults.unlink()
+    assert changed() == set()
+    with monkeypatch.context() as patched:
+        patched.setattr(decode, "code", lambda *names: str(names))
+        assert changed() == set(before)
+    weights = lab.system / "stage2_full" / "config.json"
+    kept = weights.read_text()
+    weights.write_text(kept + " ")
+    assert changed() == set(before) - {"ssl-layers"}
+    weights.write_text(kept)
+    (clip,) = (tmp_path / "heard").glob("librivox-0870.flac")
+    clip.write_bytes(clip.read_bytes()[:-1])
+    assert changed() == set(before) - {"ssl-layers"}
+
+
+def test_an_arm_is_decoded_by_the_rest_of_the_system_as_it_is_now(lab, tmp_path, monkeypatch):
+    mine, loaded = replace(lab, home=tmp_path), []
+    arm = decode.studies(lab)["two-stages"].arms[0]
+    system = tmp_path / "systems" / arm.id
+    for part in ("tasks/se", "stage2_full"):
+        (system / part).mkdir(parents=True)
+        (system / part / "config.json").write_text("of the arm, or old")
+    monkeypatch.setattr(decode, "result_of", lambda lab, arm: {})
+    monkeypatch.setattr(decode, "Metis", SimpleNamespace(
+        from_pretrained=lambda folder: loaded.append(folder) or SimpleNamespace(tasks=("se",))
+    ))  # fmt: skip
+    decode.maker(mine, "two-stages", "two stages", 0)
+    assert loaded == [system] and (system / "tasks/se/config.json").read_text() == "of the arm, or old"
+    assert (system / "stage2_full/config.json").samefile(lab.system / "stage2_full" / "config.json")
 
 
 # ---------------------------------------------------------------- the queue
@@ -236,8 +341,9 @@ def test_effects_of_trainings_are_paired_by_utterance_and_their_interval_is_stud
     assert effect.high - effect.mean == pytest.approx(4.30265 * 0.02 / 3**0.5, rel=1e-4)
     row = table.row_of(claim, effect)
     assert row["verdict"] == "holds" and row["task"] == "se" and row["notebook"] == "notebooks/20_pretraining.ipynb"
-    keys = ("id", "claim", "source", "task", "effect", "unit", "ci95", "seeds", "tokens", "verdict", "notebook")
-    assert tuple(row) == keys
+    keys = ("id", "claim", "source", "task", "effect", "unit", "ci95", "seeds", "n", "n_failed", "tokens", "verdict",
+            "notebook")  # fmt: skip
+    assert tuple(row) == keys and (row["n"], row["n_failed"]) == (12, 0)
     assert table.row_of(claim, table.effect_of(claim, measured(lab, (-0.2, -0.21, -0.2))[1], lab.seeds))[
         "verdict"
     ] == "fails"  # fmt: skip
@@ -253,14 +359,34 @@ def test_effects_of_decoding_are_paired_and_bootstrapped():
     rows[0]["wer"] = None  # a judge that failed
     effect = table._of_rows(rows, "wer", RIVAL, "cosine", 0)
     assert effect.mean == pytest.approx(0.1) and effect.low == pytest.approx(0.1) and effect.seeds == 3
+    assert (effect.n, effect.n_failed) == (23, 1)
     assert table._of_rows(rows, "wer", "linear", "cosine", 0).mean == pytest.approx(0.3)
     probes_rows = [
         {"variant": v, "seed": s, "e": e + 0.01 * s} for v, e in (("chosen", 0.2), ("1", 0.5)) for s in (0, 1, 2)
     ]
     effect = table._of_rows(probes_rows, "e", RIVAL, "chosen", 0)
     assert effect.mean == pytest.approx(0.3) and effect.high == pytest.approx(0.3)
+    assert (effect.n, effect.n_failed) == (3, 0)
     with pytest.raises(MetisError, match="no variant"):
         table._of_rows(rows, "wer", "sqrt", "cosine", 0)
+
+
+def test_where_trainings_are_decoded_the_interval_is_over_trainings(lab):
+    """Nine items that agree about each training, and three trainings that do not agree."""
+    gap = (0.1, 0.2, 0.3)
+    rows = [
+        {"variant": v, "id": f"u{u}", "speaker": f"s{u}", "seed": s, "wer": 0.2 + (v == "direct") * gap[s]}
+        for v in ("two stages", "direct") for u in range(9) for s in range(3)
+    ]  # fmt: skip
+    rows[0]["wer"] = None
+    claim = next(c for c in all_claims(lab) if c.id == "two-stages-words")
+    results = {"arms": {"se-none-full": {"tokens": 900}}, "decode": {"two-stages": rows, "guidance-vc": rows}}
+    effect = table.effect_of(claim, results, lab.seeds)
+    assert effect.mean == pytest.approx(0.2) and effect.high - 0.2 == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
+    assert (effect.seeds, effect.tokens, effect.n, effect.n_failed) == (3, 900, 26, 1)
+    same = replace(claim, study=("guidance-vc", "wer", "direct", "two stages"))
+    assert table.effect_of(same, results, lab.seeds).high < 0.25  # one system: its seeds are averaged
+    assert set(table.TRAINED) == {name for name, study in decode.studies(lab).items() if study.arms}
 
 
 def test_a_table_with_missing_rows_is_refused(lab, tmp_path):
@@ -291,6 +417,9 @@ def test_the_claims_are_those_that_were_asked_for():
     assert {claim.task for claim in claims} <= {"tts", "vc", "tse", "se", "l2s", "omni", "stage2"}
     assert all(bool(claim.arms) != bool(claim.study) and claim.source for claim in claims)
     assert isinstance(claims[0], Claim)
+    texts = {claim.id: claim.claim for claim in claims}
+    assert "at most 6.7 h of it seen" in texts["pretraining-se-10"] and "seen" not in texts["pretraining-se-0.5"]
+    assert all("earlier layer" in texts[f"ssl-layer-{what}"] for what in ("phones", "speakers"))
 
 
 def test_the_figure_and_what_notebooks_show(lab, tmp_path):

@@ -54,6 +54,22 @@ DRAWS = 2
 """Random masks an utterance."""
 
 
+code = functools.lru_cache(record.code_hash)
+"""Hash of the library's own code, read once: what a process has imported does not change."""
+
+
+def once(what: Callable[[Path], Any], path: Path) -> Any:
+    """``what(path)``, made again only where a file of it has another time or size: the list of all that is done asks
+    for the hashes of the same few files a hundred times."""
+    files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+    return _once(what, path, tuple((str(f), f.stat().st_mtime_ns, f.stat().st_size) for f in files))
+
+
+@functools.lru_cache(maxsize=256)
+def _once(what: Callable[[Path], Any], path: Path, stamp: tuple[Any, ...]) -> Any:
+    return what(path)
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where and how arms are trained.
@@ -126,7 +142,7 @@ class Lab:
 
     def passes(self, task: str) -> int:
         """How often each recording was simulated in examples that are prepared already (1: none are)."""
-        made = data.prepared(self.manifest).glob(f"examples-{task}-*/train/index.json")
+        made = once(data.prepared, self.manifest).glob(f"examples-{task}-*/train/index.json")
         return max((int(path.parts[-3].split("-")[2]) for path in made), default=1)
 
 
@@ -167,11 +183,18 @@ class Arm:
             "stage1", self.base, seed=self.seed
         )  # fmt: skip
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks whose examples it sees."""
+        if self.task in TASKS:
+            return tuple(TASKS[self.task].mixture) or (self.task,)
+        return ("se",) if self.task == "direct" else (self.task,)
+
     def budget(self, lab: Lab) -> int:
         """Padded frames it sees (``direct``: each of its two nets, see :func:`direct_tokens`)."""
         if self.task == "stage1":
             return lab.pretraining
-        return lab.tokens * len(TASKS[self.task].mixture or (0,)) if self.task in TASKS else direct_tokens(lab)
+        return lab.tokens * len(self.tasks) if self.task in TASKS else direct_tokens(lab)
 
 
 @functools.lru_cache
@@ -223,21 +246,22 @@ def whole(lab: Lab, task: str, split: str) -> tuple[Any, tuple[Any, ...]]:
     return source, tuple(item["id"] for item in source.store.items)
 
 
-def sources(lab: Lab, arm: Arm, split: str) -> dict[str, Any]:
-    """The sources of an arm's examples by task, restricted to its data; ``validation``: the held-out utterances."""
+def sources(lab: Lab, arm: Arm, split: str, *, clean: bool = False) -> dict[str, Any]:
+    """The sources of an arm's examples by task, restricted to its data; ``validation``: the held-out utterances, of
+    all recordings or of the ``clean`` ones, whatever the arm has learned from."""
     found = {}
-    for task in ("stage1",) if arm.task == "stage1" else TASKS[arm.task].mixture or (arm.task,):
+    for task in arm.tasks:
         kept, ids = whole(lab, task, split)
         found[task] = source = copy.copy(kept)
+        if clean or (split == "train" and arm.data == "clean"):
+            human = np.array([source.shards.record(i)["human"] for i in range(len(source.lengths))])
+            source.lengths = np.where(human, 0, source.lengths)
         if split != "train":
             source.seed = 1  # the same masks for all arms
             source.lengths = first(ids, source.lengths, count=lab.held_out)
             continue
         if task == "stage1" and arm.base == "pretrained-noprompt":
             source.masking = MaskingSettings(prompt_probability=0.0)
-        if arm.data == "clean":
-            human = np.array([source.shards.record(i)["human"] for i in range(len(source.lengths))])
-            source.lengths = np.where(human, 0, source.lengths)
         source.seed, source.masking = arm.seed, replace(source.masking, ratio_floor=arm.floor)
         if task != "stage1":
             source.lengths = first(ids, source.lengths, hours=arm.hours)
@@ -245,9 +269,9 @@ def sources(lab: Lab, arm: Arm, split: str) -> dict[str, Any]:
 
 
 def feed_of(lab: Lab, arm: Arm, found: dict[str, Any], settings: TrainSettings) -> Any:
-    """The batches of a run."""
+    """The batches of a run; Omni draws its tasks equally often, so that each sees as much as its single arm."""
     if arm.task == "omni":
-        return Mixed(found, TASKS["omni"].mixture, settings)
+        return Mixed(found, dict.fromkeys(found, 1.0), settings)
     return data.Feed(found[arm.task], settings)
 
 
@@ -306,12 +330,13 @@ def build(lab: Lab, arm: Arm) -> tuple[Stage1, dict[str, Tensor], TaskConfig]:
     base = Stage1(lab.sizes.stage1).state_dict()
     if arm.needs:
         folder = lab.home / "systems" / arm.needs.id / "stage1"
-        if not (folder / "config.json").is_file():
+        if result_of(lab, arm.needs) is None or not (folder / "config.json").is_file():
             raise MetisError(f"{arm.id} begins from {arm.needs.id}, which is not trained yet")
         base = load_state(folder)
     entry = TASKS[arm.task]
     hint = {"text_hint": "even"} if entry.takes_text else {}
-    config = TaskConfig(arm.task, entry.changes(lab.sizes, phone_vocab=PhoneTokenizer().size, **hint), arm.rank)
+    changes = entry.changes(lab.sizes, phone_vocab=PhoneTokenizer().size, **hint)
+    config = TaskConfig(arm.task, changes, arm.rank, apart=bool({"vc", "tse"} & set(arm.tasks)))
     torch.manual_seed(arm.seed + 1)
     return gen.task_model(lab.sizes.stage1, base, config, 0.0), base, config
 
@@ -320,9 +345,10 @@ def key_of(lab: Lab, arm: Arm) -> str:
     """Hash of all that an arm's result depends on."""
     parts = ["ssl", "semantic_codec"] + ["lips"] * (arm.task == "l2s")
     parts += ["stage2_layer1", "stage2_full", "acoustic_codec"] * (arm.task == "direct")
-    about = {name: system_hash(lab.system / name) for name in parts}
+    about = {name: once(system_hash, lab.system / name) for name in parts}
     settings = [asdict(lab.settings(arm.budget(lab), arm.seed)), lab.held_out, lab.pretraining]
-    return record.sha256_of([asdict(arm), settings, about, record.sha256_file(lab.manifest)])
+    given = [{task: lab.passes(task) for task in arm.tasks}, once(record.sha256_file, lab.manifest)]
+    return record.sha256_of([asdict(arm), settings, about, given, code("models", "tasks", "training")])
 
 
 def result_of(lab: Lab, arm: Arm) -> dict[str, Any] | None:
@@ -371,6 +397,9 @@ def _stage1(
     if not scores["finished"]:
         return None
     measured = {task: held_out(model, source) for task, source in sources(lab, arm, "validation").items()}
+    if arm.task == "tts":  # most utterances are human: an arm that learned from clean ones alone is judged on such
+        alone = held_out(model, sources(lab, arm, "validation", clean=True)["tts"])
+        measured["tts"] |= {f"{name}_clean": values for name, values in alone.items()}
     if arm.task == "stage1":
         save_part(place / "stage1", model, lab.sizes.stage1, dtype=torch.float32)
     elif not arm.rank and arm.hours == lab.hours[1] and arm.task in ("se", "tse", "omni"):  # decoded later

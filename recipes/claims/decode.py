@@ -7,6 +7,7 @@ of each.  Judges are those of :mod:`metis_lib.evaluation`, with its cache.
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from metis_lib.evaluation.systems import OMNI, TOLD, Item, _ask, load_items, tes
 from metis_lib.models.masked import SCHEDULES
 from metis_lib.training import recipes
 from recipes.claims import probes
-from recipes.claims.arms import Arm, Lab, result_of
+from recipes.claims.arms import Arm, Lab, code, once, result_of
 
 TOGETHER = 12
 """Items that are made together."""
@@ -56,7 +57,9 @@ def studies(lab: Lab) -> dict[str, Study]:
         "alone": Study("tts", dict.fromkeys(("continued", "said", "reversed"), {}),
                        ("sim_prompt", "sim_other", "confidence")),
         "guidance-vc": Study("vc", {f"{c:g}": {"cfg": c} for c in (0.0, 0.5, 1.0, 2.0, 4.0)}, ("wer", "sim_prompt")),
-        "text-tse": Study("tse", {"untold": {}, "told": {}}, ("wer", "sim_prompt")),
+        # by itself the text brings guidance of 2.5 with it, so both sides are told to have none
+        "text-tse": Study("tse", {"untold": {"cfg": 0.0}, "told": {"cfg": 0.0}, "told, guided": {"cfg": 2.5}},
+                          ("wer", "sim_prompt")),
         "steps-tts": Study("tts", {str(n): {"steps": n} for n in STEPS}),
         "steps-se": Study("se", {str(n): {"steps": n} for n in STEPS}, ("wer", "pesq_wb")),
         "steps-stage2": Study("codec", {str(n): {"stage2_steps": (n, max(1, n // 2))} for n in STEPS},
@@ -87,14 +90,21 @@ def key_of(lab: Lab, name: str) -> str:
     study = studies(lab)[name]
     arms = [[(result_of(lab, replace(arm, seed=seed)) or {}).get("key") for seed in lab.seeds] for arm in study.arms]
     parts = ["ssl"]
-    if name != "ssl-layers":
-        parts += ["semantic_codec", "acoustic_codec", "stage1", "stage2_layer1", "stage2_full"]
-        parts += {"alone": [], "text-tse": ["tasks/omni"]}.get(name, [f"tasks/{study.task}"])
-    made_by = [] if study.arms else [system_hash(lab.system / part) for part in parts]
-    about = [name, study.task, study.variants, study.metrics, lab.seeds, lab.items, made_by, arms]
     if study.task:
-        about.append(record.sha256_file(testset_folder(lab.testset) / "manifest.jsonl"))
-    return record.sha256_of([*about, probes.SETTINGS if name == "ssl-layers" else None])
+        parts += ["semantic_codec", "acoustic_codec", "stage2_layer1", "stage2_full"]
+    if study.task and not study.arms:
+        parts += ["stage1", *{"alone": [], "text-tse": ["tasks/omni"]}.get(name, [f"tasks/{study.task}"])]
+    made_by = [once(system_hash, lab.system / part) for part in parts]
+    defaults = lab.system / "decode.json"  # arms are decoded without
+    made_by += [record.sha256_file(defaults)] if defaults.is_file() and not study.arms else []
+    made_by.append(code("models", "tokenizers", "tasks", "pipeline.py", "generation.py"))
+    about = [name, study.task, study.variants, study.metrics, lab.seeds, lab.items, made_by, arms]
+    return record.sha256_of([*about, once(_contents, testset_folder(lab.testset)) if study.task else probes.SETTINGS])
+
+
+def _contents(folder: Path) -> str:
+    """Hash of a test set: its rows and its audio."""
+    return record.sha256_files((p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"), folder)
 
 
 def result_of_study(lab: Lab, name: str) -> dict[str, Any] | None:
@@ -154,12 +164,15 @@ def maker(lab: Lab, name: str, variant: str, seed: int) -> Make:
         system = lab.home / "systems" / arm.id
         if result_of(lab, arm) is None or not system.is_dir():
             raise MetisError(f"{name} decodes {arm.id}, which is not trained yet")
+        for part in system.iterdir():  # the system's may be new since then; what the arm has trained stays
+            if not part.name.startswith("stage2" if arm.task == "direct" else "tasks"):
+                shutil.rmtree(part)
         recipes.derive(lab.system, system)
     metis = Metis.from_pretrained(locate(system))
-    task = "omni" if variant in ("told", "untold", "omni") else study.task
+    ending = {"untold": OMNI, "omni": OMNI, "told": TOLD, "told, guided": TOLD}.get(variant, "")
+    task = "omni" if ending else study.task
     if name != "alone" and variant != "direct" and task not in ("codec", *metis.tasks):
         raise MetisError(f"{name} needs the task {task}, which {system.name} lacks")
-    ending = {"untold": OMNI, "omni": OMNI, "told": TOLD}.get(variant, "")
 
     def one(item: Item, seed: int) -> Speech:
         prompt = None if item.prompt is None else str(item.prompt)

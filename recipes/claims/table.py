@@ -1,7 +1,8 @@
 """From results to the table: effects with intervals, verdicts, and the files that notebooks read.
 
-Trainings: a t interval over seeds of the mean difference over utterances.  What is decoded: a bootstrap over
-utterances (or speakers), each averaged over its seeds first (:mod:`metis_lib.evaluation.statistics`).
+Trainings, decoded or not: a t interval over seeds of the mean difference over utterances.  What the system itself
+decodes: a bootstrap over utterances (or speakers), each averaged over its seeds first
+(:mod:`metis_lib.evaluation.statistics`).
 """
 
 from __future__ import annotations
@@ -27,16 +28,27 @@ VERDICTS = ("holds", "fails", "undecided")
 FOLDER = record.ROOT / "results" / "claims"
 COLOURS = {"holds": "#0173b2", "fails": "#d55e00", "undecided": "#949494"}
 """Seaborn's colour-blind palette; markers tell them apart too."""
+TRAINED = {"two-stages": "se-none-", "omni-arms": "tse-pretrained-"}
+"""Studies that decode trainings, one a seed; how the id of the arm begins whose tokens are told."""
 
 
 class Effect(NamedTuple):
-    """A mean oriented towards the claim, its 95 % interval, how many seeds, tokens that each side was trained with."""
+    """A mean oriented towards the claim with its 95 % interval.
+
+    Attributes:
+        seeds: how many.
+        tokens: that each side was trained with.
+        n: pairs that were compared: utterances times seeds (of probes, seeds).
+        n_failed: pairs left out, for a judge failed on one side.
+    """
 
     mean: float
     low: float
     high: float
     seeds: int
     tokens: int
+    n: int
+    n_failed: int
 
 
 Results = Mapping[str, Any]
@@ -80,29 +92,31 @@ def effect_of(claim: Claim, results: Results, seeds: Sequence[int]) -> Effect:
     if claim.arms:
         return _of_arms(claim, results["arms"], seeds)
     name, metric, a, b = claim.study  # type: ignore[misc]
-    return _of_rows(results["decode"][name], metric, a, b, _tokens(results["arms"], name))
-
-
-def _tokens(arms: Mapping[str, Any], study: str) -> int:
-    """Tokens of the trainings that a study decodes; 0 where it decodes the system itself."""
-    first = {"two-stages": "se-none-", "omni-arms": "tse-pretrained-"}.get(study)
-    return next((arm["tokens"] for id, arm in arms.items() if first and id.startswith(first)), 0)
+    first = TRAINED.get(name)
+    tokens = next((arm["tokens"] for id, arm in results["arms"].items() if first and id.startswith(first)), 0)
+    return _of_rows(results["decode"][name], metric, a, b, tokens, trained=name in TRAINED)
 
 
 def _of_arms(claim: Claim, arms: Mapping[str, Any], seeds: Sequence[int]) -> Effect:
-    means = []
+    means, n = [], 0
     for seed in seeds:
         a, b = (np.array(arms[replace(arm, seed=seed).id]["held_out"][claim.task][claim.condition])
                 for arm in claim.arms)  # fmt: skip
-        if a.shape != b.shape:
-            raise MetisError(f"{claim.id}: its arms were not measured on the same utterances")
+        if a.shape != b.shape or not a.size:
+            raise MetisError(f"{claim.id}: its arms were not measured on the same utterances, or on none")
         means.append(float((a - b).mean()))
-    return Effect(*t_interval(means), len(means), min(arms[replace(arm, seed=seeds[0]).id]["tokens"]
-                                                     for arm in claim.arms))  # fmt: skip
+        n += a.size
+    tokens = min(arms[replace(arm, seed=seeds[0]).id]["tokens"] for arm in claim.arms)
+    return Effect(*t_interval(means), len(means), tokens, n, 0)
 
 
-def _of_rows(rows: Sequence[dict[str, Any]], metric: str, a: str, b: str, tokens: int) -> Effect:
-    """The paired difference of two variants; rows without an item (probes) are paired by seed."""
+def _of_rows(
+    rows: Sequence[dict[str, Any]], metric: str, a: str, b: str, tokens: int, *, trained: bool = False
+) -> Effect:
+    """The paired difference of two variants; rows without an item (probes) are paired by seed.
+
+    Where each seed is another training (``trained``) or another draw of a probe, seeds are what varies.
+    """
     values: dict[str, dict[tuple[str, int], float]] = {}
     for row in rows:
         if row.get(metric) is not None:
@@ -115,13 +129,17 @@ def _of_rows(rows: Sequence[dict[str, Any]], metric: str, a: str, b: str, tokens
     if not pairs:
         raise MetisError(f"{a} and {b} have no item in common")
     differences = [values[a][key] - (values[b][key] if b else 0.0) for key in pairs]
-    seeds = len({seed for _, seed in pairs})
-    if not any(id for id, _ in pairs):
-        return Effect(*t_interval(differences), seeds, tokens)
+    by_seed: dict[int, list[float]] = {}
+    for (_, seed), difference in zip(pairs, differences, strict=True):
+        by_seed.setdefault(seed, []).append(difference)
+    wanted = {(row.get("id", ""), row["seed"]) for row in rows if row["variant"] in (a, b)}
+    about = (len(by_seed), tokens, len(pairs), len(wanted) - len(pairs))
+    if trained or not any(id for id, _ in pairs):
+        return Effect(*t_interval([float(np.mean(some)) for some in by_seed.values()]), *about)
     speakers = {row["id"]: row["speaker"] for row in rows}
     found = statistics.mean_interval(differences, [speakers[id] for id, _ in pairs], [id for id, _ in pairs])
     low, high = found.ci95 or (-np.inf, np.inf)
-    return Effect(found.mean, low, high, seeds, tokens)
+    return Effect(found.mean, low, high, *about)
 
 
 def row_of(claim: Claim, effect: Effect) -> dict[str, Any]:
@@ -131,7 +149,7 @@ def row_of(claim: Claim, effect: Effect) -> dict[str, Any]:
     return {
         "id": claim.id, "claim": claim.claim, "source": claim.source, "task": claim.task,
         "effect": round(effect.mean, 5), "unit": claim.unit, "ci95": [round(effect.low, 5), round(effect.high, 5)],
-        "seeds": effect.seeds, "tokens": effect.tokens,
+        "seeds": effect.seeds, "n": effect.n, "n_failed": effect.n_failed, "tokens": effect.tokens,
         "verdict": verdict(effect.low, effect.high, margin=claim.margin, no_worse=claim.no_worse),
         "notebook": f"notebooks/{claim.notebook}_{TITLES[claim.notebook]}.ipynb",
     }  # fmt: skip
@@ -259,7 +277,7 @@ def show(notebook: str, folder: str | Path = FOLDER, *, lab: Lab | None = None) 
         {**{k: v for k, v in arm.items() if k not in ("held_out", "hours_used")}, "task": task, "arm": arm["task"],
          "condition": name, "nats": float(np.mean(values))}
         for arm in arms if arm["id"] in wanted | used
-        for task, conditions in arm["held_out"].items() for name, values in conditions.items()
+        for task, conditions in arm["held_out"].items() for name, values in conditions.items() if values
     ]  # fmt: skip
     rows = [{"study": name, **row} for name in extra for row in studies.get(name, [])]
     lacking = [claim.id for claim in mine if claim.id not in known]

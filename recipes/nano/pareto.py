@@ -25,14 +25,16 @@ OUT = record.ROOT / "results" / "bench"
 QUALITY = ("wer", "sim_prompt", "dnsmos_ovrl")
 LOSS = {"wer": 0.02, "sim_prompt": 0.02}
 """By how much (mean of paired differences) a cheaper point may be worse than the one with the lowest WER."""
-LISTS = ((1,), (4,), (10,), (20,), (10, 4), (20, 10), (4,) * 6, (10,) * 6, (20, 10, 10, 4, 4, 4), (40, 16))
+LISTS = ((1,), (4,), (10,), (20, 10), (4,) * 6, (10,) * 6, (20, 10, 10, 4, 4, 4), (40, 16))
 SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "stage2": ("codec", "stage2", [
-        *({"stage2_steps": steps, "stage2_cfg": cfg} for cfg in (0.0, 1.0, 2.5) for steps in LISTS),
+        *({"stage2_steps": steps, "stage2_cfg": 1.0} for steps in LISTS),
+        *({"stage2_steps": steps, "stage2_cfg": cfg} for cfg in (0.0, 2.5) for steps in ((4,), (20, 10), (10,) * 6)),
         *({"stage2_steps": (10,) * 6, "stage2_cfg": 1.0, "stage2_temperature": heat} for heat in (0.5, 1.0)),
     ]),
     "tts": ("tts", "nano", [
-        *({"steps": steps, "cfg": cfg} for cfg in (1.0, 2.5, 4.0) for steps in (4, 8, 16, 25, 50)),
+        *({"steps": steps, "cfg": 1.0} for steps in (4, 8, 16, 25, 50)),
+        *({"steps": steps, "cfg": cfg} for cfg in (0.0, 2.5, 4.0) for steps in (8, 25)),
         *({"steps": 16, "schedule": schedule} for schedule in ("linear", "square")),
         *({"steps": 16, "choice_temperature": heat} for heat in (0.3, 3.0)),
         *({"steps": 16, "temperature": heat} for heat in (0.5, 1.2)),

@@ -145,7 +145,7 @@ def main(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, choose, draw; write all three and ``decode.json``; return the chosen point of each sweep."""
     if testset != "human" and not (metis_home() / "testsets" / testset / "manifest.jsonl").is_file():
-        testsets.build_synthetic(testset, each=8, more=True)
+        testsets.build_synthetic(testset, more=True)
     file = out / "pareto.json"
     held = (record.read_json(file) or {"points": []})["points"]
     for sweep in sweeps:

@@ -194,7 +194,7 @@ def add_rooms(count: int, start: int = 100) -> Rooms:
 
 
 def build_synthetic(name: str, home: Path | None = None, *, each: int = 0, more: bool = False) -> Path:
-    """Make ``unseen``, ``seen`` or ``tuning`` from the prepared corpus: ``each`` items a voice and task (0: 5, or 8).
+    """Make ``unseen``, ``seen`` or ``tuning`` from the prepared corpus: ``each`` items a voice and task (0: 5, or 6).
 
     Where the corpus holds fewer of a voice, it says further held-out sentences (``more``; they lie in ``spoken``).
 
@@ -211,7 +211,7 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 0, more:
     folder, out = home / "corpora" / "nano", home / "testsets" / name
     split = {"unseen": "test", "seen": "seen", "tuning": "validation"}[name]
     voices, final = defaultdict[str, list[Row]](list), name == "unseen"
-    each = each or (8 if name == "tuning" else 5)
+    each = each or (6 if name == "tuning" else 5)
     for r in read_manifest(folder / "manifest.jsonl"):
         if not r.human and r.split == split:
             voices[r.speaker].append(r)

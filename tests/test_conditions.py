@@ -85,10 +85,10 @@ def test_who_says_only_one_thing_is_prompted_by_its_beginning(job_of):  # noqa: 
     voices = replace(source.voices, speakers={})
     for row, item in enumerate(source.store.items):
         n = len(source.store[row])
-        before, cut = voices.before(item["id"], n, np.random.default_rng(row))
+        before, cut = voices.before(item["id"], n, 60.0, np.random.default_rng(row))
         assert 0.2 * n - 1 <= cut == len(before) <= 0.5 * n
         assert np.array_equal(before, voices.store[voices.at[item["id"]]][:cut])
-        assert len(voices.before("nobody", n, np.random.default_rng(0))[0]) == 0
+        assert len(voices.before("nobody", n, 60.0, np.random.default_rng(0))[0]) == 0
 
 
 @pytest.mark.parametrize("model", ["se", "omni"])
@@ -237,3 +237,12 @@ def test_teacher_frames_are_put_where_the_student_hears_them():
     inside = (middles >= 447) & (middles <= ramp[-1, 0])
     np.testing.assert_allclose(found[inside], middles[inside])
     assert (found[~inside] >= 447).all()
+
+
+def test_prompts_of_a_batch_are_of_like_length():
+    known = [(n, i) for i, n in enumerate(range(30, 250, 4))]
+    found = [data.about_as_long(known, 120.0, np.random.default_rng(seed)) for seed in range(30)]
+    assert {known[i][0] for i in found} == {114, 118, 122, 126}
+    for wanted, ends in ((0.0, known[:4]), (999.0, known[-4:])):
+        assert data.about_as_long(known, wanted, np.random.default_rng(0)) in {i for _, i in ends}
+    assert data.about_as_long(known[:1], 120.0, np.random.default_rng(0)) == 0

@@ -207,7 +207,7 @@ def test_durations_are_learned_of_one_recording_at_a_time(job_of):
     items = np.flatnonzero(source.lengths).tolist()
     alone, batch = (s.batch(items, epoch=0, step=0) for s in (replace(source, joined=0.0), source))
     joined = batch["lengths"] > alone["lengths"]
-    assert 0 < joined.sum() < len(items) and (alone["durations"].sum(1) > 0).all()
+    assert joined.any() and (alone["durations"].sum(1) > 0).all()
     assert torch.equal(batch["durations"].sum(1) > 0, ~joined)
     assert batch["hint"].shape == batch["tokens"].shape
 

@@ -7,6 +7,7 @@ random from (seed, epoch, item) or (seed, step): the same batch on any process, 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -336,6 +337,14 @@ def phone_batch(ids: Sequence[Sequence[int]], frames: Sequence[int], pad: int) -
     return {"phones": phones, "phone_mask": phones != pad, "hint": hint}
 
 
+def about_as_long(known: Sequence[tuple[int, int]], wanted: float, generator: np.random.Generator) -> int:
+    """A number out of ``known`` (frames, number; in rising order), one of the four nearest to ``wanted`` frames: the
+    prompts of a batch are of like length, for padding costs as much as speech."""
+    at = min(max(bisect.bisect(known, (int(wanted), 0)) - 2, 0), max(len(known) - 4, 0))
+    some = known[at : at + 4]
+    return some[int(generator.integers(len(some)))][1]
+
+
 @dataclass
 class Tokens:
     """Token shards for stage 1 (pre-training, text-to-speech) and stage 2.
@@ -369,17 +378,19 @@ class Tokens:
         if self.text:  # of a cut recording nobody knows which words are left
             worded = np.array([0 < len(self._ids(record)) < 400 for record in records])
             self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
-        self.voices: dict[str, list[int]] = {}
-        for i in np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)).tolist() if self.joined else ():
+        self.voices: dict[str, list[tuple[int, int]]] = {}
+        short = np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)) if self.joined else frames[:0]
+        for i in short[np.argsort(frames[short], kind="stable")].tolist():
             if speaker := records[i].get("speaker"):
-                self.voices.setdefault(speaker, []).append(i)
+                self.voices.setdefault(speaker, []).append((int(frames[i]), i))
 
-    def _after_another(self, i: int, epoch: int) -> list[tuple[Any, ...]]:
-        """Recording ``i`` after another one of its speaker, where there is one."""
+    def _after_another(self, i: int, epoch: int, frames: float) -> list[tuple[Any, ...]]:
+        """Recording ``i`` after another one of its speaker of about so many frames, where there is one."""
         own = self.shards[i]
-        others = self.voices.get(own[0].get("speaker", ""), [i])
-        before = others[int(chance(self.seed, epoch, i, 4).integers(len(others)))]
-        return [own] if before == i else [self.shards[before], own]
+        others = [one for one in self.voices.get(own[0].get("speaker", ""), ()) if one[1] != i]
+        if not others:
+            return [own]
+        return [self.shards[about_as_long(others, frames, chance(self.seed, epoch, i, 4))], own]
 
     def _ids(self, record: dict[str, Any]) -> list[int]:
         return [self.tokenizer.vocab[p] for p in record.get("phones", ()) if p in self.tokenizer.vocab]
@@ -389,8 +400,10 @@ class Tokens:
         masking = self.masking if told or not self.text else replace(self.masking, prompt_probability=0.0)
         arrays, masks = [], []
         # all of a step or none: single long rows would be paid for in padding
-        joined = (told or not self.text) and chance(self.seed, step, 5).random() < self.joined
-        groups = [self._after_another(int(i), epoch) if joined else [self.shards[int(i)]] for i in items]
+        share, length = chance(self.seed, step, 5).random(2)
+        joined = (told or not self.text) and share < self.joined
+        wanted = self.shortest + length * (self.JOINED - self.shortest)
+        groups = [self._after_another(int(i), epoch, wanted) if joined else [self.shards[int(i)]] for i in items]
         for i, (*before, (_, tokens, *_)) in zip(items, groups, strict=True):
             first = int(chance(self.seed, epoch, i, 1).integers(max(len(tokens) - self.longest, 0) + 1))
             own = tokens[first : first + self.longest]

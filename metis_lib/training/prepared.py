@@ -20,7 +20,7 @@ from torch import Tensor
 from metis_lib.data.store import FlatStore
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
-from metis_lib.training.data import Batch, Feed, Source, chance, padded, plan, torch_chance
+from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, padded, plan, torch_chance
 from metis_lib.training.loop import TrainSettings
 
 
@@ -77,19 +77,20 @@ class Voices:
 
     def __post_init__(self) -> None:
         self.at = {item["id"]: j for j, item in enumerate(self.store.items)}
-        self.of: dict[str, list[int]] = {}
-        for id, j in self.at.items():
-            if self.store.length(j) >= 25:
-                self.of.setdefault(self.speakers.get(id, id), []).append(j)
+        self.of: dict[str, list[tuple[int, int]]] = {}
+        for n, id, j in sorted((min(self.store.length(j), self.LONGEST), id, j) for id, j in self.at.items()):
+            if n >= 25:
+                self.of.setdefault(self.speakers.get(id, id), []).append((n, j))
 
-    def before(self, id: str, frames: int, generator: np.random.Generator) -> tuple[np.ndarray, int]:
-        """A prompt ``[P, 1 + C]`` for an example of ``frames``, and how many of these it takes the place of.
+    def before(self, id: str, frames: int, wanted: float, generator: np.random.Generator) -> tuple[np.ndarray, int]:
+        """A prompt ``[P, 1 + C]`` of about ``wanted`` frames for an example of ``frames``, and how many of the example's
+        it takes the place of.
 
         Where the speaker has said nothing else it is the beginning of the example, a fifth to a half of it.
         """
-        others = [j for j in self.of.get(self.speakers.get(id, id), ()) if j != self.at.get(id)]
+        others = [one for one in self.of.get(self.speakers.get(id, id), ()) if one[1] != self.at.get(id)]
         if others:
-            return self.store[others[int(generator.integers(len(others)))]][: self.LONGEST], 0
+            return self.store[about_as_long(others, wanted, generator)][: self.LONGEST], 0
         own = self.at.get(id)
         same = own is not None and self.store.length(own) == frames
         cut = int(frames * generator.uniform(0.2, 0.5)) if same else 0
@@ -119,18 +120,20 @@ class Prepared:
     def __post_init__(self) -> None:
         self.lengths = self.store.ends - self.store.starts
 
-    def _example(self, i: int, epoch: int) -> tuple[Tensor, int]:
-        """Example ``i`` ``[T, 1 + C]`` and the frames of its prompt."""
+    def _example(self, i: int, epoch: int, wanted: float) -> tuple[Tensor, int]:
+        """Example ``i`` ``[T, 1 + C]`` after a prompt of about ``wanted`` frames, and the frames of the prompt."""
         own = np.array(self.store[i])
         if self.voices is None:
             return torch.from_numpy(own), self.store.items[i]["prompt"]
-        before, cut = self.voices.before(self.store.items[i]["id"], len(own), chance(self.seed, epoch, i, 4))
+        rng = chance(self.seed, epoch, i, 4)
+        before, cut = self.voices.before(self.store.items[i]["id"], len(own), wanted, rng)
         if self.blind:
             before = np.pad(before[:, :1], ((0, 0), (0, own.shape[1] - 1)))
         return torch.from_numpy(np.concatenate([before, own[cut:]])), len(before)
 
     def batch(self, items: Any, *, epoch: int, step: int) -> Batch:
-        arrays, given = zip(*(self._example(int(i), epoch) for i in items), strict=True)
+        wanted = chance(self.seed, epoch, int(items[0]), 5).uniform(25, Voices.LONGEST)
+        arrays, given = zip(*(self._example(int(i), epoch, wanted) for i in items), strict=True)
         both, lengths = padded(arrays)
         exists = torch.arange(both.shape[1])[None] < lengths[:, None]
         free = replace(self.masking, prompt_probability=0.0)

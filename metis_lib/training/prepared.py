@@ -83,7 +83,7 @@ class Voices:
                 self.of.setdefault(self.speakers.get(id, id), []).append((n, j))
 
     def before(self, id: str, frames: int, wanted: float, generator: np.random.Generator) -> tuple[np.ndarray, int]:
-        """A prompt ``[P, 1 + C]`` of about ``wanted`` frames for an example of ``frames``, and how many of the example's
+        """A prompt ``[P, 1 + C]`` of about ``wanted`` frames for an example of ``frames``, and how many of the latter
         it takes the place of.
 
         Where the speaker has said nothing else it is the beginning of the example, a fifth to a half of it.

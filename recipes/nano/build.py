@@ -46,6 +46,8 @@ def ship(source: Path, target: Path = SHIPPED / "nano") -> dict[str, int]:
         part: [*(source / part).glob("*.safetensors"), source / part / "config.json"]
         for part in parts if (source / part / "config.json").is_file()
     }  # fmt: skip
+    if (source / "decode.json").is_file():
+        files["."] = [source / "decode.json"]
     sizes = {part: sum(file.stat().st_size for file in found) for part, found in files.items()}
     if sum(sizes.values()) > LIMIT:
         raise MetisError(f"{sum(sizes.values()) / 1e6:.1f} MB of weights; at most {LIMIT / 1e6:.0f} MB are shipped")

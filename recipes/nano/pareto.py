@@ -17,7 +17,7 @@ from metis_lib.assets import metis_home
 from metis_lib.checkpoints import locate
 from metis_lib.evaluation import record, statistics
 from metis_lib.evaluation.scoring import Verdicts, score
-from metis_lib.evaluation.systems import Systems, label, load_items, produce
+from metis_lib.evaluation.systems import Systems, label, load_items, produce, testset_folder
 from metis_lib.pipeline import Metis
 from recipes.nano import testsets
 
@@ -30,7 +30,9 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "stage2": ("codec", "stage2", [
         *({"stage2_steps": steps, "stage2_cfg": 1.0} for steps in LISTS),
         *({"stage2_steps": steps, "stage2_cfg": cfg} for cfg in (0.0, 2.5) for steps in ((4,), (20, 10), (10,) * 6)),
-        *({"stage2_steps": (10,) * 6, "stage2_cfg": 1.0, "stage2_temperature": heat} for heat in (0.5, 1.0)),
+        {"stage2_steps": (10,) * 6, "stage2_cfg": 1.0, "stage2_temperature": 1.0},
+        *({"stage2_steps": steps, "stage2_cfg": 1.0, "stage2_top_k": 20} for steps in ((4,), (20, 10), (10,) * 6)),
+        {"stage2_steps": (20, 10), "stage2_cfg": 1.0, "stage2_top_k": 60},
     ]),
     "tts": ("tts", "nano", [
         *({"steps": steps, "cfg": 1.0} for steps in (4, 8, 16, 25, 50)),
@@ -38,10 +40,12 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
         *({"steps": 16, "schedule": schedule} for schedule in ("linear", "square")),
         *({"steps": 16, "choice_temperature": heat} for heat in (0.3, 3.0)),
         *({"steps": 16, "temperature": heat} for heat in (0.5, 1.2)),
+        {"steps": 16, "top_k": 60},
     ]),
     "se": ("se", "nano", [{"steps": steps} for steps in (1, 2, 4, 6, 10, 20)]),
 }  # fmt: skip
 """Task, system and options of each sweep."""
+USED = ("ssl", "semantic_codec", "acoustic_codec", "stage2_layer1", "stage2_full")
 APPLIES = {"stage2": "any", "tts": "tts", "se": "se"}
 """Which tasks take what a sweep has chosen as their default."""
 
@@ -63,8 +67,10 @@ def measure(
     system = model if system == "nano" else system
     every = load_items(testset, task)
     chosen = every[:: max(1, len(every) // items)][:items]
-    hashes = record.checkpoint_hashes(model)["checkpoint_sha256"]
-    known = {record.sha256_of([p["options"], p["checkpoint_sha256"], p["n"]]): p for p in seen if p["sweep"] == sweep}
+    home, parts = locate(model), (*USED, *(() if sweep == "stage2" else ("stage1", f"tasks/{sweep}")))
+    files = [file for part in parts for file in (home / part).glob("*.safetensors")]
+    hashes = record.sha256_of([record.sha256_files(files, home), record.testset_hash(testset_folder(testset))])
+    known = {p["key"]: p for p in seen if p["sweep"] == sweep}
     folder, verdicts, points, metis = metis_home() / "cache" / "pareto", Verdicts(), [], None
     for options in settings:
         key = record.sha256_of([options, hashes, len(chosen)])
@@ -80,7 +86,7 @@ def measure(
         made = sum(clip.seconds_to_make or 0 for clip in clips) / sum(row["seconds"] or 0 for row in rows)
         points.append({
             "sweep": sweep, "options": options, "passes": passes(metis, sweep, options), "rtf": round(made, 4),
-            "n": len(chosen), "testset": testset, "checkpoint_sha256": hashes,
+            "n": len(chosen), "testset": testset, "key": key,
             **{k: {"mean": summary[k]["mean"], "ci95": summary[k]["ci95"]} for k in QUALITY if k in summary},
             "rows": [{k: row[k] for k in ("id", "speaker", "text", *QUALITY) if k in row} for row in rows],
         })  # fmt: skip

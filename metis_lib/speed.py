@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import tempfile
 import time
@@ -349,6 +350,8 @@ def bench_generate(
     out: dict[str, Any] = {}
     for task in tasks:
         item = item_of(task, seconds, prompt)
+        found = variants = {}  # the systems of the task before would not fit beside these
+        gc.collect()
         found = systems(preset_name, task, where, compile)
         single = product_rate(where, torch.float32, rows, width)
         half = product_rate(where, torch.bfloat16, rows, width)

@@ -384,6 +384,9 @@ def test_two_items_of_every_task_through_papermill(tmp_path: Path) -> None:
             assert not {key for key in metrics.TASKS[task]["metrics"] if not metrics.SPECS[key].only} - set(entries)
             for key, entry in entries.items():
                 assert set(entry) == SUMMARY_KEYS
+                if key == "wer_10db":  # one of the two is as clear as that
+                    assert (entry["n"], entry["n_failed"], entry["ci95"]) == (1, 0, None)
+                    continue
                 assert (entry["n"], entry["n_failed"]) == (2, 0), (task, system, key)
                 assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -531,7 +534,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
     verdicts = scoring.Verdicts(cache)
     rows = scoring.score(clips, verdicts=verdicts)
     assert verdicts.reused == done and verdicts.computed > 0
-    assert all(row[key] is not None for row in rows for key in metrics.TASKS["se"]["metrics"])
+    asked = [key for key in metrics.TASKS["se"]["metrics"] if key != "wer_10db"]  # nobody told the noise of these
+    assert all(row[key] is not None for row in rows for key in asked)
 
 
 KILLED = """

@@ -148,9 +148,9 @@ def score(
                 for key in voices:
                     _put(row, **{key: _similarity(found[path], found.get(clip.item.reference(key)))})  # type: ignore[arg-type]
                 if "nearer" in keys:
-                    mine_, others_ = (row[key] for key in NEARER[like(task)])
-                    unknown = MetricFailure("one of the similarities is not known")
-                    _put(row, nearer=unknown if None in (mine_, others_) else float(mine_ > others_))
+                    first, second = NEARER[like(task)]
+                    lost = next((row[f"{key}_error"] for key in (first, second) if row[key] is None), None)
+                    _put(row, nearer=MetricFailure(lost) if lost else float(row[first] > row[second]))
             else:
                 _put_all(row, DnsmosJudge.KEYS if kind == "opinion" else ("nisqa",), found[path])
     for path, clip, row in progress(heard, f"{task}: against the clean recording"):

@@ -306,6 +306,8 @@ def test_the_nearer_voice_and_words_of_clear_inputs(tmp_path: Path, monkeypatch:
     rows = scoring.score(mixed, verdicts=verdicts)
     assert [row["nearer"] for row in rows] == [1.0, 1.0, 0.0]
     assert statistics.summarise(rows, "tse")["nano"]["nearer"]["mean"] == pytest.approx(2 / 3)
+    unknown = clip_of(tmp_path, "tse", 9, {"clean": 1.0, "made": 0.9})  # a set that lacks the other voice
+    assert "nearer" not in scoring.score([unknown], verdicts=verdicts)[0]
     told = clip_of(tmp_path, "vc", 0, {"clean": 1.0, "prompt": 0.2, "made": 0.3})  # the source is what it leaves
     assert scoring.score([told], verdicts=verdicts)[0]["nearer"] == 1.0
 

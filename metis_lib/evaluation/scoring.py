@@ -123,6 +123,8 @@ def score(
         key for key in TASKS[task]["metrics"] + TASKS[task]["measures"]
         if SPECS[key].only in ("", judges) and all(_has(clips, need) for need in SPECS[key].needs)
     ]  # fmt: skip
+    if not {*NEARER.get(like(task), ())} <= {*keys}:  # a test set without the other voice
+        keys = [key for key in keys if key != "nearer"]
     verdicts, rows = verdicts or Verdicts(), [_row(clip) for clip in clips]
     heard = [(clip.path, clip, row) for clip, row in zip(clips, rows, strict=True) if clip.path]
     chosen = choose(judges, task, device, list(dict.fromkeys(clip.item.language for _, clip, _ in heard)))

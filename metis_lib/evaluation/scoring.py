@@ -151,8 +151,8 @@ def score(
                     _put(row, **{key: _similarity(found[path], found.get(clip.item.reference(key)))})  # type: ignore[arg-type]
                 if "nearer" in keys:
                     first, second = NEARER[like(task)]
-                    lost = next((row[f"{key}_error"] for key in (first, second) if row[key] is None), None)
-                    _put(row, nearer=MetricFailure(lost) if lost else float(row[first] > row[second]))
+                    why = next((row[f"{key}_error"] for key in (first, second) if row[key] is None), None)
+                    _put(row, nearer=MetricFailure(why) if why else float(row[first] > row[second]))
             else:
                 _put_all(row, DnsmosJudge.KEYS if kind == "opinion" else ("nisqa",), found[path])
     for path, clip, row in progress(heard, f"{task}: against the clean recording"):

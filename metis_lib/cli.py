@@ -86,6 +86,10 @@ class Generate(Command):
     """How many tokens stay masked."""
     stage2_steps: tuple[int, ...] = ()
     """Decoding steps of the acoustic layers, 1 for those that are not named."""
+    candidates: int | None = None
+    """Draws of the tokens of a text, of which the system keeps the one that it understands best (nano)."""
+    stage2_candidates: int | None = None
+    """Draws of the acoustic codes, joined of what it understands best (nano)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the transformers' weights."""
     compat: Literal["released"] | None = None
@@ -113,7 +117,10 @@ class Generate(Command):
         return {key: str(value) if isinstance(value, Path) else value for key, value in item.items()}
 
     def _options(self) -> dict[str, Any]:
-        names = ("steps", "cfg", "rescale", "temperature", "top_k", "schedule", "batch_frames")
+        names = (
+            *("steps", "cfg", "rescale", "temperature", "top_k", "schedule", "batch_frames"),
+            *("candidates", "stage2_candidates"),
+        )
         found = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return found | ({"stage2_steps": self.stage2_steps} if self.stage2_steps else {})
 

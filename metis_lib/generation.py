@@ -6,7 +6,7 @@ recordings, text or video is the pipeline's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from metis_lib.errors import MetisError
 from metis_lib.models.masked import SCHEDULES, MaskedTrace, Noise
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
+from metis_lib.tokenizers.listener import Listener
 
 RELEASED_STEPS = (40, 16, *(1,) * 10)
 """Decoding steps of the twelve acoustic layers in the released scripts."""
@@ -50,7 +51,8 @@ class Request:
         generator: of all its noise.
         voice: the prompt.
         condition: ``[P+T, C]`` frame-level, the prompt's rows first.
-        phones: ``[L]``.
+        phones: ``[L]``, the prompt's first.
+        said: phones that are the prompt's.
         hint: ``[P+T]`` frame-level phones.
         carry: tokens ``[K]`` and codes ``[K, Q]`` that stage 2 goes on from: the end of the window before.
         skip: frames at the beginning that stage 2 leaves out, being made already.
@@ -64,6 +66,7 @@ class Request:
     hint: Tensor | None = None
     carry: tuple[Tensor, Tensor] | None = None
     skip: int = 0
+    said: int = 0
 
     @property
     def prompt_frames(self) -> int:
@@ -86,6 +89,8 @@ class Options:
         stage2_steps: decoding steps of each acoustic layer.
         released: the wiring of the released code (docs/paper_system.md lists the differences).
         batch_frames: padded frames of a batch.
+        candidates: draws of the SSL tokens of a text, of which the system keeps the one that it understands best.
+        stage2_candidates: draws of the acoustic codes, which it joins of what it understands best.
     """
 
     stage1: DecodeSettings
@@ -93,6 +98,13 @@ class Options:
     stage2_steps: tuple[int, ...] = (20, 10, *(1,) * 10)
     released: bool = False
     batch_frames: int = 4000
+    candidates: int = 1
+    stage2_candidates: int = 1
+
+    @property
+    def listens(self) -> bool:
+        """Whether several draws are compared (:mod:`metis_lib.tokenizers.listener`)."""
+        return max(self.candidates, self.stage2_candidates) > 1
 
     @classmethod
     def of(cls, stage1: DecodeSettings, released: bool, steps2: tuple[int, ...], given: dict[str, Any]) -> Options:
@@ -108,21 +120,27 @@ class Options:
         given = {key: value for key, value in given.items() if value is not None}
         first = {key: value for key, value in given.items() if key in of_decoder}
         second = {key[7:]: v for key, v in given.items() if key.startswith("stage2_") and key[7:] in of_decoder}
-        rest = set(given) - set(first) - {f"stage2_{key}" for key in second} - {"batch_frames"}
+        counts = {"batch_frames": cls.batch_frames, "candidates": 1, "stage2_candidates": 1}
+        rest = set(given) - set(first) - {f"stage2_{key}" for key in second} - set(counts)
         if rest:
             more = ", ".join(sorted(of_decoder))
-            raise MetisError(f"unknown option {min(rest)!r}; options are {more}, each also as stage2_..., batch_frames")
+            raise MetisError(
+                f"unknown option {min(rest)!r}; options are {more}, candidates, each also as stage2_..., batch_frames"
+            )
         layers = second.pop("steps", steps2)
         layers = (layers,) if isinstance(layers, int) else tuple(layers)
         layers += (1,) * (len(steps2) - len(layers))
         for settings in (first, second, {"steps": min(layers, default=1)}):
             check(settings)
         always: dict[str, Any] = {"released": True} if released else {}
-        frames = int(given.get("batch_frames", cls.batch_frames))
-        if frames < 1:
-            raise MetisError(f"batch_frames must be at least 1, not {frames}")
+        counts = {name: int(given.get(name, default)) for name, default in counts.items()}
+        for name, count in counts.items():
+            if count < 1:
+                raise MetisError(f"{name} must be at least 1, not {count}")
+        if released and max(counts["candidates"], counts["stage2_candidates"]) > 1:
+            raise MetisError("the released code makes one draw; leave candidates out, or compat")
         return cls(
-            replace(stage1, **first, **always), replace(cls.stage2, **second, **always), layers, released, frames
+            replace(stage1, **first, **always), replace(cls.stage2, **second, **always), layers, released, **counts
         )  # fmt: skip
 
 
@@ -173,9 +191,17 @@ def _sides(rows: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
     return torch.cat([pad_sequence(side, batch_first=True) for side in sides], dim=1)
 
 
+def _draws(generator: Any, count: int) -> Iterator[Any]:
+    """The generator (or those of a batch), then new ones derived from it: as many as draws are made."""
+    yield generator
+    for draw in range(1, count):
+        seeds = [(one.initial_seed() + 7_368_787 * draw) % 2**63 for one in generator]
+        yield [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
 def run(
     stage1: Stage1, layer1: Stage2, full: Stage2, requests: Sequence[Request], options: Options, *,
-    noise: Noise | None = None,
+    noise: Noise | None = None, listener: Listener | None = None,
 ) -> list[Made]:  # fmt: skip
     """Generate one batch of requests that are alike; each result is what the request would give alone.
 
@@ -183,6 +209,7 @@ def run(
         stage1: as fine-tuned for the task.
         layer1, full: the nets of stage 2.
         noise: replaces the requests' generators (of a single request: recorded noise).
+        listener: chooses among several draws, where the options ask for them.
     """
     device = layer1.cond_emb.weight.device
     with_hint = requests[0].hint is not None and stage1.config.text_hint != "none"
@@ -203,34 +230,59 @@ def run(
         hints = [r.hint for r in requests if r.hint is not None]
         more["hint"] = _sides([stage1.text_hint.alone(hint, stage1.config.phone_vocab - 1) for hint in hints], cuts)
     prompts = [empty if r.voice is None else r.voice.tokens for r in requests]
-    trace = stage1.generate(
-        pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),
-        settings=options.stage1, generator=generator, noise=noise, return_iterations=True, **more,
-    )  # fmt: skip
-    assert isinstance(trace, MaskedTrace)
+    drawn: list[MaskedTrace] = []
+    for source in _draws(generator, options.candidates if more.get("phones") is not None else 1):
+        trace = stage1.generate(
+            pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),
+            settings=options.stage1, generator=source, noise=noise, return_iterations=True, **more,
+        )  # fmt: skip
+        assert isinstance(trace, MaskedTrace)
+        drawn.append(trace)
+    kept = [trace] * len(requests)  # the draw that each request keeps
+    if len(drawn) > 1 and listener is not None:
+        for i, r in enumerate(requests):
+            assert r.phones is not None
+            said = r.phones[r.said :]
+            kept[i] = drawn[listener.closest([trace.tokens[i, : r.frames] for trace in drawn], said)]
 
-    count = full.config.num_quantizers
+    tokens = [kept[i].tokens[i, r.skip : r.frames] for i, r in enumerate(requests)]
+    spoken = decode(layer1, full, requests, tokens, options, generator=generator, noise=noise, listener=listener)
+    return [
+        Made(tokens[i], codes, {"ssl": kept[i].item(i, r.frames), "acoustic": traces})
+        for i, (r, (codes, traces)) in enumerate(zip(requests, spoken, strict=True))
+    ]
+
+
+def decode(
+    layer1: Stage2, full: Stage2, requests: Sequence[Request], tokens: Sequence[Tensor], options: Options, *,
+    generator: Any, noise: Noise | None = None, listener: Listener | None = None,
+) -> list[tuple[Tensor, list[Any]]]:  # fmt: skip
+    """Stage 2 of one batch: codes ``[T, Q]`` for the SSL tokens ``[T]`` of each request, and how they were decided."""
+    device, count = layer1.cond_emb.weight.device, full.config.num_quantizers
+    empty = torch.zeros(0, dtype=torch.long, device=device)
     said, given = [], []
-    for r, tokens in zip(requests, trace.tokens, strict=True):
+    for r, own in zip(requests, tokens, strict=True):
         before = [pair for pair in (r.voice and (r.voice.tokens, r.voice.codes), r.carry) if pair]
-        said.append(torch.cat([*(pair[0] for pair in before), tokens[r.skip : r.frames]]))
+        said.append(torch.cat([*(pair[0] for pair in before), own]))
         given.append(torch.cat([empty.new_zeros(0, count), *(pair[1][:, :count] for pair in before)]))
     cuts = [len(codes) for codes in given]
     lengths = torch.tensor([len(s) - cut for s, cut in zip(said, cuts, strict=True)], device=device)
     if int(lengths.min()) < 1:
         raise MetisError("the prompt leaves nothing to generate; give a longer source or a shorter prompt")
-    traces: list[MaskedTrace] = []
-    shared: dict[str, Any] = {
-        "prompt_lengths": torch.tensor(cuts, device=device), "lengths": lengths, "generator": generator,
-        "noise": noise, "traces": traces, "steps": options.stage2_steps,
-    }  # fmt: skip
     semantic, prompt = _sides(said, cuts), pad_sequence(given, batch_first=True)
-    first = layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **shared)
-    codes = full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **shared)
-    return [
-        Made(
-            trace.tokens[i, r.skip : r.frames], codes[i, : int(lengths[i])],
-            {"ssl": trace.item(i, r.frames), "acoustic": [t.item(i, int(lengths[i])) for t in traces]},
-        )
-        for i, r in enumerate(requests)
-    ]  # fmt: skip
+    shared: dict[str, Any] = {
+        "prompt_lengths": torch.tensor(cuts, device=device), "lengths": lengths, "noise": noise,
+        "steps": options.stage2_steps,
+    }  # fmt: skip
+    draws, traces = list[Tensor](), list[list[MaskedTrace]]()
+    for source in _draws(generator, options.stage2_candidates):
+        shared |= {"generator": source, "traces": (decided := list[MaskedTrace]())}
+        first = layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **shared)
+        draws.append(full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **shared))
+        traces.append(decided)
+    found = []
+    for i, (own, length) in enumerate(zip(tokens, lengths.tolist(), strict=True)):
+        codes = [draw[i, :length] for draw in draws]
+        best = codes[0] if listener is None or len(codes) == 1 else listener.best_of(own, codes)
+        found.append((best, [trace.item(i, length) for trace in traces[0]]))
+    return found

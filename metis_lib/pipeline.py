@@ -16,7 +16,7 @@ from metis_lib.audio import Source, Speech
 from metis_lib.checkpoints import fill, own_system
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE, Stage1Config, preset
 from metis_lib.errors import MetisError
-from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, run
+from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, decode, run
 from metis_lib.models import adapt
 from metis_lib.models.masked import Noise
 from metis_lib.models.stage1 import Stage1, spread
@@ -27,6 +27,7 @@ from metis_lib.tasks import TASKS, like, own
 from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder, upsample
+from metis_lib.tokenizers.listener import Listener
 from metis_lib.tokenizers.semantic import SemanticCodec, freeze
 from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames, quicken
 from metis_lib.tokenizers.text import PhoneTokenizer, sentences
@@ -139,6 +140,7 @@ class Metis:
     stage2_full: Stage2
     lips: LipEncoder
     phones: PhoneTokenizer
+    listener: Listener
 
     def __init__(
         self, store: Store, device: torch.device, *, compat: str | None = None, compile: bool = False
@@ -234,6 +236,9 @@ class Metis:
         """Parts, at their first use."""
         if name == "phones":
             self.phones = self.store.phones()
+        elif name == "listener":
+            head = self.store.phone_head().to(self.device)
+            self.listener = Listener(self.ssl, self.semantic, getattr(self, "acoustic_decoder"), head)  # noqa: B009
         elif name == "acoustic_decoder" and "acoustic" in self.__dict__:
             return self.acoustic
         elif name in PARTS or name == "acoustic_decoder":
@@ -369,11 +374,13 @@ class Metis:
         """SSL tokens ``[T]`` to codes ``[T, Q]`` by stage 2, after the tokens ``[P]`` and codes ``[P, Q]`` of a
         voice.  ``options``: those of stage 2 (see :meth:`generate`)."""
         chosen, tokens = self.options("tts", **options), tokens.to(self.device)
-        before, given = voice or (tokens[:0], tokens.new_zeros(0, self.stage2_full.config.num_quantizers))
-        said, prompt = torch.cat([before, tokens])[None], given[None]
-        more: dict[str, Any] = {"steps": chosen.stage2_steps, "generator": torch.Generator().manual_seed(seed)}
-        first = self.stage2_layer1.generate(said, prompt, settings=replace(chosen.stage2, cfg=0.0), **more)
-        return self.stage2_full.generate(said, prompt, first_layer=first, settings=chosen.stage2, **more)[0]
+        nothing, generator = torch.zeros(0), torch.Generator().manual_seed(seed)
+        prompt = None if voice is None else Voice(nothing, *voice, nothing)
+        return decode(
+            self.stage2_layer1, self.stage2_full, [Request(len(tokens), generator, prompt)], [tokens], chosen,
+            generator=generator if chosen.released else [generator],
+            listener=self.listener if chosen.listens else None,
+        )[0][0]  # fmt: skip
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, prompt: Source | None = None, *, seed: int = 0, **options: Any) -> Speech:
@@ -482,7 +489,8 @@ class Metis:
                 [a trace a layer]}``.
             options: ``steps``, ``cfg``, ``rescale``, ``temperature``, ``choice_temperature``, ``top_fraction`` or
                 ``top_k``, ``schedule`` of stage 1; the same with ``stage2_`` in front (``stage2_steps``: one number a
-                layer, 1 for the rest); ``batch_frames``.
+                layer, 1 for the rest); ``candidates`` (draws of the tokens of a text) and ``stage2_candidates`` (draws
+                of the acoustic codes), of which the system keeps what it understands best; ``batch_frames``.
 
         Returns:
             A list of 24 kHz :class:`Speech`.
@@ -603,12 +611,12 @@ class Metis:
     def _phones(self, text: str, language: str) -> Tensor:
         return torch.tensor(self.phones.encode(text, language), device=self.device)
 
-    def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int, model: str) -> dict[str, Tensor]:
+    def _texts(self, said: Tensor, wanted: Tensor, start: int, frames: int, model: str) -> dict[str, Any]:
         """Phones of prompt and text, and spread over the frames as the model times them, each by itself: silence at
         the ends of a recording belongs to its end phones."""
         times = self._held(model).times_of
         hints = [spread(words, times(words), n) for words, n in ((said, start), (wanted, frames)) if len(words)]
-        return {"phones": torch.cat([said, wanted]), "hint": torch.cat(hints)}
+        return {"phones": torch.cat([said, wanted]), "hint": torch.cat(hints), "said": len(said)}
 
     def _tts(
         self, text: str, prompt: Source, prompt_text: str, generator: torch.Generator, info: dict[str, Any],
@@ -691,7 +699,9 @@ class Metis:
             stage1 = self.task_model(model)
 
             def make(requests: list[Request], stage1: Stage1 = stage1) -> list[Made]:
-                return run(stage1, self.stage2_layer1, self.stage2_full, requests, options, noise=noise)
+                listener = self.listener if options.listens else None
+                nets = stage1, self.stage2_layer1, self.stage2_full
+                return run(*nets, requests, options, noise=noise, listener=listener)
 
             short = [(job, request) for job in mine for request in job.requests]
             results: dict[int, Made] = {}

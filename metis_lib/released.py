@@ -310,6 +310,10 @@ class Released:
         """The released phone table, verified by its hash."""
         return PhoneTokenizer.from_vocab(self.path("vocab.json"))
 
+    def phone_head(self) -> nn.Linear:
+        """MetisError: the published SSL encoder has learned no phones."""
+        raise MetisError("the published weights have no phone head, so they cannot choose among candidates")
+
     def check(self, name: str) -> Path | None:
         """Check a file or table that is here, without reading its tensors; None if it is absent (nothing is fetched).
 

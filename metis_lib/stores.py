@@ -73,6 +73,9 @@ class Store(Protocol):
     def phones(self) -> PhoneTokenizer:
         """The phone table."""
 
+    def phone_head(self) -> nn.Linear:
+        """The phones in SSL features, by which a system hears itself; MetisError where it has none."""
+
 
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Parameters (not buffers) as ``dtype``, one by one, so that no second copy of the module is needed."""
@@ -140,6 +143,19 @@ class Folder:
         table = self.folder / "vocab.json"
         return PhoneTokenizer.from_vocab(table) if table.is_file() else PhoneTokenizer()
 
+    def phone_head(self) -> nn.Linear:
+        """The one that the SSL encoder learned by."""
+        if not (self.folder / "ssl" / "phones.safetensors").is_file():
+            raise MetisError(f"the system {self.name!r} has no phone head, so it cannot choose among candidates")
+        return linear(load_state(self.folder / "ssl", "phones"))
+
+
+def linear(state: dict[str, Tensor]) -> nn.Linear:
+    """A frozen linear layer in fp32 with the weights ``weight`` and ``bias``."""
+    head = nn.Linear(state["weight"].shape[1], len(state["weight"]))
+    head.load_state_dict({key: value.float() for key, value in state.items()})
+    return head.requires_grad_(False)
+
 
 class Random:
     """Random weights of a preset, the same for the same seed: for tests, and to measure speed and memory."""
@@ -193,3 +209,8 @@ class Random:
     def phones(self) -> PhoneTokenizer:
         """Nano's table."""
         return PhoneTokenizer()
+
+    def phone_head(self) -> nn.Linear:
+        """A random one."""
+        sizes = self.config.ssl.hidden_size, 1 + self.phones().size
+        return self._seeded("phone head", lambda: nn.Linear(*sizes).requires_grad_(False))

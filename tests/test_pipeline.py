@@ -15,6 +15,7 @@ from metis_lib.errors import MetisError
 from metis_lib.generation import Options, Request, Voice, run
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
+from metis_lib.tokenizers.listener import Listener, cheapest, mismatch
 
 TESTSET = Path(__file__).parent.parent / "eval" / "testsets" / "human"
 
@@ -271,3 +272,69 @@ def test_codec_keeps_human_speech_intelligible(nano):
             clean = audio.read(TESTSET / row["clean"], 24_000)
             scores.append(stoi(clean.numpy(), nano.resynthesise(clean).wav.numpy(), 24_000))
     assert len(scores) == 12 and np.mean(scores) >= 0.75
+
+
+def test_more_candidates_are_other_draws(debug, voice):
+    wav = audio.read(voice, 24_000)[:30_000]
+    item = {"text": "Good morning to you.", "prompt": wav, "prompt_text": "Hello.", "seconds": 0.8}
+    settings = {"steps": 3, "stage2_steps": (2, 2), "top_k": 50, "stage2_top_k": 50}
+    seeds = [{**item, "seed": seed} for seed in range(4)]
+    ones, same = (debug.generate("tts", seeds, **settings, **more) for more in ({}, {"candidates": 1}))
+    more = {"candidates": 4, "stage2_candidates": 3}
+    many = debug.generate("tts", [*seeds, {**item, "seconds": 0.5}], **settings, **more)
+    alone = debug.generate("tts", seeds[1:2], **settings, **more)[0]
+    assert all(torch.equal(a.wav, b.wav) for a, b in zip(ones, same, strict=True))
+    assert torch.equal(many[1].wav, alone.wav) and [len(s) for s in many[:4]] == [len(s) for s in ones]
+    assert not all(torch.equal(a.wav, b.wav) for a, b in zip(ones, many[:4], strict=True))
+    spoken = debug.decode_tokens(torch.arange(40), wav, stage2_candidates=2)
+    assert len(spoken) == len(debug.decode_tokens(torch.arange(40), wav))
+
+
+def test_the_listener_keeps_what_says_the_phones():
+    torch.manual_seed(0)
+    frames, phones = 60, torch.tensor([3, 1, 4])
+    said = torch.full((frames, 6), -6.0)
+    said[:, 0] = 0.0
+    for place, phone in zip((10, 30, 50), phones.tolist(), strict=True):
+        said[place, phone + 1], said[place, 0] = 4.0, -6.0
+    silent = torch.full((frames, 6), -6.0).index_fill(1, torch.tensor([0]), 0.0)
+
+    class Known(Listener):
+        def __init__(self):
+            pass
+
+        def in_tokens(self, tokens):
+            return said.log_softmax(-1) if int(tokens[0]) else silent.log_softmax(-1)
+
+        def in_codes(self, codes):
+            halves = [said.clone(), said.clone()]
+            halves[0][frames // 2 + 5 :], halves[1][: frames // 2 + 5] = (
+                silent[: frames // 2 - 5],
+                silent[: frames // 2 + 5],
+            )
+            return [half.roll(2, 0).log_softmax(-1) for half in halves]  # heard two frames late
+
+    draws = [torch.zeros(frames), torch.ones(frames), torch.zeros(frames)]
+    assert Known().closest(draws, phones) == 1
+    codes = [torch.zeros(frames, 2, dtype=torch.long), torch.ones(frames, 2, dtype=torch.long)]
+    joined = Known().best_of(torch.ones(frames), codes)[:, 0]
+    assert joined[:32].eq(0).all() and joined[48:].eq(1).all(), "each half comes from the draw that says it"
+
+
+def test_changing_draws_costs():
+    costs = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 1.0]])
+    assert cheapest(costs, 0.1).tolist() == [0, 0, 1, 0, 0] and cheapest(costs, 2.0).tolist() == [0] * 5
+    one = torch.randn(20, 5).log_softmax(-1)
+    assert mismatch(one, one.roll(8, 0)).mean() > mismatch(one, one).mean()
+
+
+def test_candidates_need_a_phone_head(tmp_path, voice):
+    shutil.copytree(SHIPPED / "nano", tmp_path / "system")
+    (tmp_path / "system" / "ssl" / "phones.safetensors").unlink(missing_ok=True)
+    system = Metis.from_pretrained(tmp_path / "system", device="cpu")
+    with pytest.raises(MetisError, match="no phone head"):
+        system.enhance(hum(0.5), stage2_candidates=2)
+    with pytest.raises(MetisError, match="one draw"):
+        Metis.from_pretrained("debug", device="cpu", compat="released").enhance(hum(0.5), stage2_candidates=2)
+    with pytest.raises(MetisError, match="candidates must be at least 1"):
+        system.enhance(hum(0.5), candidates=0)

@@ -7,6 +7,7 @@ anew every time.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from metis_lib.training.loop import TrainSettings
 
 
 def prepare(
-    source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: int = 1, frames: int = 4000,
+    source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: float = 1, frames: int = 4000,
     say: Callable[[str], None] = warnings.warn,
 ) -> FlatStore:  # fmt: skip
     """The examples of a source, encoded, in ``folder``; made on first use.
@@ -34,7 +35,7 @@ def prepare(
         source: ``Adaptation`` of one task, or ``Lips``.
         given: adds ``tokens [B, T]`` and ``condition [B, T, C]`` to a batch
             (:func:`~metis_lib.training.generative.encode`).
-        passes: how often each recording is used.
+        passes: how often each recording is used; below 1, which share of them.
 
     Returns:
         An item an example: int16 ``[T, 1 + C]``, its token and the bits of its condition in float16; ``id`` of the
@@ -45,8 +46,9 @@ def prepare(
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         step = 0
-        for epoch in range(passes):
-            for (items,) in plan(source.lengths, frames, 1, seed=0, epoch=epoch):
+        for epoch in range(math.ceil(passes)):
+            batches = list(plan(source.lengths, frames, 1, seed=0, epoch=epoch))
+            for (items,) in batches[: math.ceil((passes - epoch) * len(batches))]:
                 try:
                     batch = given(source.batch(items, epoch=epoch, step=step))
                 except MetisError as error:

@@ -322,7 +322,7 @@ def _lips(job: Job) -> Built:
 
 def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
-    shards), ``passes`` (examples made once, so many of each recording, and used over and over; 0: made anew),
+    shards), ``passes`` (examples made once, so many of each recording, below 1 of a share of them; 0: made anew),
     ``dropout`` (before LoRA), ``joined`` (share of the texts that are said after another recording of the speaker)."""
     entry, o = task(job.model), job.chosen
     told = o["text_hint"] != "none" and entry.takes_text
@@ -372,7 +372,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
     if not o["passes"]:
         return simulated(odds)
 
-    def examples(name: str, source: Any, passes: int, *parts: str) -> FlatStore:
+    def examples(name: str, source: Any, passes: float, *parts: str) -> FlatStore:
         made_by = "-".join(system_hash(job.out / part)[:8] for part in ("ssl", "semantic_codec", *parts))
         folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)

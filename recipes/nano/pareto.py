@@ -33,6 +33,8 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
         {"stage2_steps": (10,) * 6, "stage2_cfg": 1.0, "stage2_temperature": 1.0},
         *({"stage2_steps": steps, "stage2_cfg": 1.0, "stage2_top_k": 20} for steps in ((4,), (20, 10), (10,) * 6)),
         {"stage2_steps": (20, 10), "stage2_cfg": 1.0, "stage2_top_k": 60},
+        *({"stage2_steps": (10, 4, 4), "stage2_cfg": 1.0, "stage2_top_k": 20, "stage2_candidates": n}
+          for n in (1, 2, 4, 8)),
     ]),
     "tts": ("tts", "nano", [
         *({"steps": steps, "cfg": 1.0} for steps in (4, 8, 16, 25, 50)),
@@ -41,6 +43,7 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
         *({"steps": 16, "choice_temperature": heat} for heat in (0.3, 3.0)),
         *({"steps": 16, "temperature": heat} for heat in (0.5, 1.2)),
         {"steps": 16, "top_k": 60},
+        *({"steps": 16, "candidates": n} for n in (2, 4, 8)),
     ]),
     "se": ("se", "nano", [{"steps": steps} for steps in (1, 2, 4, 6, 10, 20)]),
 }  # fmt: skip
@@ -55,8 +58,8 @@ def passes(metis: Metis, sweep: str, options: dict[str, Any]) -> int:
     chosen = metis.options({"stage2": "tts"}.get(sweep, sweep), **options)
     if sweep == "stage2":
         layers = chosen.stage2_steps[: metis.stage2_full.config.num_quantizers]
-        return layers[0] + sum(layers[1:]) * (2 if chosen.stage2.cfg else 1)
-    return chosen.stage1.steps * (2 if chosen.stage1.cfg else 1)
+        return chosen.stage2_candidates * (layers[0] + sum(layers[1:]) * (2 if chosen.stage2.cfg else 1))
+    return chosen.candidates * chosen.stage1.steps * (2 if chosen.stage1.cfg else 1)
 
 
 def measure(

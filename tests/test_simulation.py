@@ -436,3 +436,15 @@ def test_requests_that_cannot_be_met(speech: list[Utterance]) -> None:
         with pytest.raises(MetisError, match=says) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_a_wide_spread_never_takes_the_pitch_below_zero():
+    pitch = np.concatenate([np.full(12_000, 75.0), np.full(36_000, 300.0)])
+    wav = (0.3 * (np.cumsum(pitch) / 24_000 % 1 - 0.5)).astype(np.float32)
+
+    class Wide(VoiceShift):
+        def draw(self, generator):
+            return {"formants": 0.72, "pitch": 0.55, "spread": 1.4, "praat_seed": 1}
+
+    shifted = Wide()(wav, np.random.default_rng(0))
+    assert shifted[:12_000].std() > 0.02 and shifted[12_000:].std() > 0.02, "no part falls silent, and it ends at all"

@@ -25,6 +25,7 @@ class Perturb(Protocol):
 
 
 # Praat keeps its own source of chance for unvoiced stretches: seeded in the same script, nothing comes between.
+# A spread that takes the lowest pitch below zero would keep it adding periods for ever.
 _SCRIPT = """
 form voice
     real formants 1
@@ -41,7 +42,13 @@ median = Get quantile: 0, 0, 0.5, "Hertz"
 if median = undefined
     median = 0
 else
-    median = min (max (median * pitch, floor), ceiling)
+    old = median
+    median = min (max (old * pitch, floor), ceiling)
+    lowest = Get minimum: 0, 0, "Hertz", "none"
+    lowest = lowest * median / old
+    if lowest < median
+        spread = min (spread, (median - floor / 2) / (median - lowest))
+    endif
 endif
 selectObject: sound, track
 Change gender: formants, median, spread, 1

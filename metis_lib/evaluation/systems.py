@@ -172,9 +172,10 @@ class Systems:
 
     def __init__(
         self, checkpoint: str = "nano", device: str = "auto", *, dtype: str = "float32",
-        options: dict[str, Any] | None = None,
+        options: dict[str, Any] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.checkpoint, self.device, self.dtype, self.options = checkpoint, device, dtype, options or {}
+        self.seed = seed
         self._nsnet2, self._loaded = NSNet2(), dict[str, Metis]()
         self._hashes = record.checkpoint_hashes(checkpoint)
         self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
@@ -213,7 +214,7 @@ class Systems:
             parts |= {"code": self._code["nsnet2"]}
         elif self.source(system, item) is None:
             if system in ("stage2", "still") and item.prompt:
-                parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options}
+                parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options, "seed": self.seed}
             if system == "still" and item.video:
                 parts |= {"video": record.sha256_file(item.video)}
             parts |= {"code": self._code["model"], "device": self.device, "name": self.checkpoint, **self._hashes}
@@ -227,9 +228,11 @@ class Systems:
         prompt = None if item.prompt is None else str(item.prompt)
         if system == "stage2":
             options = {key: value for key, value in self.options.items() if key.startswith("stage2_")}
-            return self.metis().decode_tokens(self.metis().tokens(str(item.clean))["ssl"], prompt, **options)
+            tokens = self.metis().tokens(str(item.clean))["ssl"]
+            return self.metis().decode_tokens(tokens, prompt, seed=self.seed, **options)
         if system == "still":
-            return self.metis().generate("l2s", [{"video": still(item), "prompt": prompt}], **self.options)[0]
+            still_face = {"video": still(item), "prompt": prompt}
+            return self.metis().generate("l2s", [still_face], seed=self.seed, **self.options)[0]
         return self.metis().resynthesise(str(item.clean))
 
     def about(self, checkpoint: str) -> dict[str, Any]:

@@ -25,25 +25,22 @@ OUT = record.ROOT / "results" / "bench"
 QUALITY = ("wer", "sim_prompt", "dnsmos_ovrl")
 LOSS = {"wer": 0.02, "sim_prompt": 0.02}
 """By how much (mean of paired differences) a cheaper point may be worse than the one with the lowest WER."""
-LISTS = ((1,), (4,), (10,), (20, 10), (4,) * 6, (10,) * 6, (20, 10, 10, 4, 4, 4), (40, 16))
+_LOOSE = {"stage2_cfg": 1.0, "stage2_top_k": 20}
+_LISTS = ((1,), (4,), (10,), (20, 10), (10, 4, 4), (10,) * 6, (40, 16))
 SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "stage2": ("codec", "stage2", [
-        *({"stage2_steps": steps, "stage2_cfg": 1.0} for steps in LISTS),
-        *({"stage2_steps": steps, "stage2_cfg": cfg} for cfg in (0.0, 2.5) for steps in ((4,), (20, 10), (10,) * 6)),
-        {"stage2_steps": (10,) * 6, "stage2_cfg": 1.0, "stage2_temperature": 1.0},
-        *({"stage2_steps": steps, "stage2_cfg": 1.0, "stage2_top_k": 20} for steps in ((4,), (20, 10), (10,) * 6)),
-        {"stage2_steps": (20, 10), "stage2_cfg": 1.0, "stage2_top_k": 60},
-        *({"stage2_steps": (10, 4, 4), "stage2_cfg": 1.0, "stage2_top_k": 20, "stage2_candidates": n}
-          for n in (1, 2, 4, 8)),
+        *({**_LOOSE, "stage2_steps": steps} for steps in _LISTS),
+        *({**_LOOSE, "stage2_steps": (10, 4, 4), **change} for change in (
+            {"stage2_cfg": 0.0}, {"stage2_cfg": 2.5}, {"stage2_temperature": 1.0}, {"stage2_top_k": 6},
+            {"stage2_top_k": 60}, {"stage2_candidates": 2}, {"stage2_candidates": 4},
+        )),
     ]),
     "tts": ("tts", "nano", [
         *({"steps": steps, "cfg": 1.0} for steps in (4, 8, 16, 25, 50)),
-        *({"steps": steps, "cfg": cfg} for cfg in (0.0, 2.5, 4.0) for steps in (8, 25)),
-        *({"steps": 16, "schedule": schedule} for schedule in ("linear", "square")),
-        *({"steps": 16, "choice_temperature": heat} for heat in (0.3, 3.0)),
-        *({"steps": 16, "temperature": heat} for heat in (0.5, 1.2)),
-        {"steps": 16, "top_k": 60},
-        *({"steps": 16, "candidates": n} for n in (2, 4, 8)),
+        *({"steps": 16, "cfg": 1.0, **change} for change in (
+            {"cfg": 0.0}, {"cfg": 2.5}, {"schedule": "linear"}, {"temperature": 0.7}, {"top_k": 60},
+            {"candidates": 4}, {"candidates": 8},
+        )),
     ]),
     "se": ("se", "nano", [{"steps": steps} for steps in (1, 2, 4, 6, 10, 20)]),
 }  # fmt: skip
@@ -63,7 +60,7 @@ def passes(metis: Metis, sweep: str, options: dict[str, Any]) -> int:
 
 
 def measure(
-    sweep: str, model: str, testset: str, items: int, seen: list[dict[str, Any]], say: Any = print
+    sweep: str, model: str, testset: str, items: int, seeds: int, seen: list[dict[str, Any]], say: Any = print
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The points of a sweep, the settings that are in ``seen`` as they are there."""
     task, system, settings = SWEEPS[sweep]
@@ -76,22 +73,25 @@ def measure(
     known = {p["key"]: p for p in seen if p["sweep"] == sweep}
     folder, verdicts, points, metis = metis_home() / "cache" / "pareto", Verdicts(), [], None
     for options in settings:
-        key = record.sha256_of([options, hashes, len(chosen)])
+        key = record.sha256_of([options, hashes, len(chosen), seeds])
         if key in known:
             points.append(known[key])
             continue
-        maker, began = Systems(model, options=options), time.perf_counter()
-        maker._loaded = {model: metis} if metis else {}
-        clips = produce(chosen, [system], folder / key[:12], maker=maker)
-        metis = maker.metis()
-        rows = score(clips, verdicts=verdicts)
+        began, rows, clips = time.perf_counter(), list[dict[str, Any]](), list[Any]()
+        for seed in range(seeds):
+            maker = Systems(model, options=options, seed=seed)
+            maker._loaded = {model: metis} if metis else {}
+            made = produce(chosen, [system], folder / key[:12] / str(seed), seeds=(seed,), maker=maker)
+            metis = held = maker.metis()
+            rows += [{**row, "seed": seed} for row in score(made, verdicts=verdicts)]
+            clips += made
         summary = statistics.summarise(rows, task)[label(system)]
-        made = sum(clip.seconds_to_make or 0 for clip in clips) / sum(row["seconds"] or 0 for row in rows)
+        took = sum(clip.seconds_to_make or 0 for clip in clips) / sum(row["seconds"] or 0 for row in rows)
         points.append({
-            "sweep": sweep, "options": options, "passes": passes(metis, sweep, options), "rtf": round(made, 4),
-            "n": len(chosen), "testset": testset, "key": key,
+            "sweep": sweep, "options": options, "passes": passes(held, sweep, options), "rtf": round(took, 4),
+            "n": len(chosen), "seeds": seeds, "testset": testset, "key": key,
             **{k: {"mean": summary[k]["mean"], "ci95": summary[k]["ci95"]} for k in QUALITY if k in summary},
-            "rows": [{k: row[k] for k in ("id", "speaker", "text", *QUALITY) if k in row} for row in rows],
+            "rows": [{k: row[k] for k in ("id", "seed", "speaker", "text", *QUALITY) if k in row} for row in rows],
         })  # fmt: skip
         got = ", ".join(f"{k} {points[-1][k]['mean']:.3f}" for k in QUALITY if k in points[-1])
         say(f"{sweep} {options}: {points[-1]['passes']} passes, {got} ({time.perf_counter() - began:.0f} s)")
@@ -149,8 +149,8 @@ def draw(points: list[dict[str, Any]], chosen: dict[str, Any]) -> Any:
 
 
 def main(
-    sweeps: list[str], *, model: str = "nano", testset: str = "tuning", items: int = 40, out: Path = OUT,
-    say: Any = print,
+    sweeps: list[str], *, model: str = "nano", testset: str = "tuning", items: int = 36, seeds: int = 2,
+    out: Path = OUT, say: Any = print,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure, choose, draw; write all three and ``decode.json``; return the chosen point of each sweep."""
     if testset != "human" and not (metis_home() / "testsets" / testset / "manifest.jsonl").is_file():
@@ -158,7 +158,7 @@ def main(
     file = out / "pareto.json"
     held = (record.read_json(file) or {"points": []})["points"]
     for sweep in sweeps:
-        new = measure(sweep, model, testset, items, held, say)
+        new = measure(sweep, model, testset, items, seeds, held, say)
         held = [p for p in held if p["sweep"] != sweep] + new
         chosen = {name: choose([p for p in held if p["sweep"] == name]) for name in SWEEPS if _in(name, held)}
         record.write_json(file, {"chosen": {k: _short(p) for k, p in chosen.items()}, "points": held})
@@ -181,6 +181,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweeps", nargs="*", choices=[*SWEEPS, []], default=[])
     parser.add_argument("--model", default="nano")
-    parser.add_argument("--items", type=int, default=40)
+    parser.add_argument("--items", type=int, default=36)
+    parser.add_argument("--seeds", type=int, default=2)
     given = parser.parse_args()
-    print(main(given.sweeps or list(SWEEPS), model=given.model, items=given.items))
+    print(main(given.sweeps or list(SWEEPS), model=given.model, items=given.items, seeds=given.seeds))

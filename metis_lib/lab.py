@@ -469,7 +469,9 @@ class TokenExplorer(Panel):
     def sound(self) -> Speech:
         """Let stage 2 decide all acoustic tokens from the SSL tokens, in the voice of the recording."""
         tokens, said, codes = (x.to(self.metis.device) for x in (self.tokens[0], self.original[0], self.original[1:].T))
-        self.tokens[1:] = self.metis.acoustic_tokens(tokens, (said, codes), seed=self.seed).T.cpu()
+        made = self.metis.acoustic_tokens(tokens, (said, codes), seed=self.seed).T.cpu()
+        self.tokens[1 : 1 + len(made)] = made
+        self.layers.value = len(made)  # a small system makes the first layers only; the others are the recording's
         self._refresh()
         return self.decode()
 

@@ -516,7 +516,10 @@ def train(
 def derive(base: str | Path, out: Path) -> SystemConfig:
     """A new system folder that has all parts of ``base`` (linked, or copied where that fails); returns its sizes."""
     source, parts = locate(base), {FOLDERS.get(name, name).split("/")[0] for name in BUILD}
-    for path in sorted(file for part in parts for file in (source / part).rglob("*") if file.is_file()):
+    beside = [source / name for name in ("decode.json", "vocab.json")]
+    for path in sorted(file for part in (*map(source.joinpath, parts), *beside) for file in (part, *part.rglob("*"))):
+        if not path.is_file():
+            continue
         target = out / path.relative_to(source)
         if target.exists():
             continue

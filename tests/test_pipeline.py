@@ -223,7 +223,7 @@ def test_stereo_and_other_rates_are_taken(debug, tmp_path):
 
 def test_shipped_weights_are_small_and_whole(nano):
     files = [path for path in (SHIPPED / "nano").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 10_000_000
+    assert sum(path.stat().st_size for path in files) < 40_000_000
     assert {path.suffix for path in files} <= {".json", ".safetensors", ".md"}
     for name in ("se", "tts"):
         assert not any("lora" in key for key in nano.task_model(name).state_dict())

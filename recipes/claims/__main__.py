@@ -37,7 +37,7 @@ def main() -> int:
             left = queue.run(lab, budget=budget, only=only, say=lambda line: print(line, flush=True))
             print(f"left: {len(left)}" if left else "everything is measured")
         elif command == "table":
-            rows = table.export(lab, out)
+            rows = table.export_part(lab, out, only) if only else table.export(lab, out)
             print("\n".join(f"{row['verdict']:9} {row['effect']:+.4f} {row['ci95']} {row['claim']}" for row in rows))
         elif command == "check":
             table.check(record.read_json(out / "claims.json") or [], lab)

@@ -48,6 +48,8 @@ SCALES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What each scale changes; the sizes of the nets are those of the system that is measured (nano: 4.7 M in stage 1)."""
+LEAST = 0.5
+"""Share of the recordings that examples are prepared of, where the system's training made fewer."""
 QUARTER = 0.25
 """Part of an utterance that is given to text-to-speech and to the pre-trained model when they are measured."""
 DRAWS = 2
@@ -134,16 +136,18 @@ class Lab:
             seed=seed, log_every=max(1, steps // 10), keep=1,
         )  # fmt: skip
 
-    def job(self, task: str, seed: int = 0, passes: int = 0) -> recipes.Job:
+    def job(self, task: str, seed: int = 0, passes: float = 0) -> recipes.Job:
         """The recipe's job of a task in the system, which is only read."""
         options = {"passes": passes, "text_hint": "even", "dropout": 0.0} if task in TASKS else {}
         return recipes.Job(task, self.sizes, self.system, self.settings(self.tokens, seed), self.manifest,
                            options=options)  # fmt: skip
 
-    def passes(self, task: str) -> int:
-        """How often each recording was simulated in examples that are prepared already (1: none are)."""
+    def passes(self, task: str) -> float:
+        """How often each recording was simulated in examples that are prepared already; at least half of them once
+        (``LEAST``), for 10 hours are compared with half an hour."""
         made = once(data.prepared, self.manifest).glob(f"examples-{task}-*/train/index.json")
-        return max((int(path.parts[-3].split("-")[2]) for path in made), default=1)
+        most = max((float(path.parts[-3].split("-")[2]) for path in made), default=0.0)
+        return int(most) if most >= 1 else max(most, LEAST)
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def show(notebook: str, folder: str | Path = FOLDER, *, lab: Lab | None = None) 
     table = pandas.DataFrame([known[c.id] for c in mine if c.id in known])
     if lacking:
         print(f"not measured yet: {', '.join(lacking)}. Run: python -m recipes.claims run --only {notebook}; "
-              "python -m recipes.claims table")  # fmt: skip
+              f"python -m recipes.claims table --only {notebook} --out FOLDER")  # fmt: skip
         table = pandas.DataFrame([{"id": c.id, "claim": c.claim, "verdict rule": c.rule} for c in mine])
     return Shown(table, pandas.DataFrame(long), pandas.DataFrame(rows), lacking)
 

@@ -6,7 +6,7 @@ recordings, text or video is the pipeline's business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -102,9 +102,9 @@ class Options:
     stage2_candidates: int = 1
 
     @property
-    def listens(self) -> bool:
-        """Whether several draws are compared (:mod:`metis_lib.tokenizers.listener`)."""
-        return max(self.candidates, self.stage2_candidates) > 1
+    def draws(self) -> int:
+        """The most draws that are made of a request; several are compared (:mod:`metis_lib.tokenizers.listener`)."""
+        return max(self.candidates, self.stage2_candidates)
 
     @classmethod
     def of(cls, stage1: DecodeSettings, released: bool, steps2: tuple[int, ...], given: dict[str, Any]) -> Options:
@@ -191,12 +191,10 @@ def _sides(rows: Sequence[Tensor], cuts: Sequence[int]) -> Tensor:
     return torch.cat([pad_sequence(side, batch_first=True) for side in sides], dim=1)
 
 
-def _draws(generator: Any, count: int) -> Iterator[Any]:
-    """The generator (or those of a batch), then new ones derived from it: as many as draws are made."""
-    yield generator
-    for draw in range(1, count):
-        seeds = [(one.initial_seed() + 7_368_787 * draw) % 2**63 for one in generator]
-        yield [torch.Generator().manual_seed(seed) for seed in seeds]
+def _draws(request: Request, count: int) -> list[Request]:
+    """The request, and again with other generators, derived from its own: as many as draws are made."""
+    seeds = [(request.generator.initial_seed() + 7_368_787 * draw) % 2**63 for draw in range(1, count)]
+    return [request, *(replace(request, generator=torch.Generator().manual_seed(seed)) for seed in seeds)]
 
 
 def run(
@@ -213,76 +211,74 @@ def run(
     """
     device = layer1.cond_emb.weight.device
     with_hint = requests[0].hint is not None and stage1.config.text_hint != "none"
-    cuts = [r.prompt_frames for r in requests]
-    lengths = torch.tensor([r.frames for r in requests], device=device)
+    count = options.candidates if requests[0].phones is not None else 1
+    draws = [draw for r in requests for draw in _draws(r, count)]  # those of a request one after the other
+    cuts = [r.prompt_frames for r in draws]
+    lengths = torch.tensor([r.frames for r in draws], device=device)
     empty = torch.zeros(0, dtype=torch.long, device=device)
-    # As released, one stream of noise runs through all; a batch needs one an utterance.
-    generator: Any = requests[0].generator if options.released else [r.generator for r in requests]
     more: dict[str, Any] = {}
     if requests[0].phones is not None:
-        phones = [r.phones for r in requests if r.phones is not None]
+        phones = [r.phones for r in draws if r.phones is not None]
         more["phones"] = pad_sequence(phones, batch_first=True, padding_value=stage1.config.phone_vocab - 1)
         more["phone_lengths"] = torch.tensor([len(p) for p in phones], device=device)
     if requests[0].condition is not None:
-        rows = [r.condition for r in requests if r.condition is not None]
+        rows = [r.condition for r in draws if r.condition is not None]
         more["condition"] = _sides(rows, cuts).to(stage1.mask_emb.weight.dtype)
     if with_hint:  # embedded one by one: its convolutions would hear what lies between the rows of a batch
-        hints = [r.hint for r in requests if r.hint is not None]
-        more["hint"] = _sides([stage1.text_hint.alone(hint, stage1.config.phone_vocab - 1) for hint in hints], cuts)
-    prompts = [empty if r.voice is None else r.voice.tokens for r in requests]
-    drawn: list[MaskedTrace] = []
-    for source in _draws(generator, options.candidates if more.get("phones") is not None else 1):
-        trace = stage1.generate(
-            pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),
-            settings=options.stage1, generator=source, noise=noise, return_iterations=True, **more,
-        )  # fmt: skip
-        assert isinstance(trace, MaskedTrace)
-        drawn.append(trace)
-    kept = [trace] * len(requests)  # the draw that each request keeps
-    if len(drawn) > 1 and listener is not None:
-        for i, r in enumerate(requests):
-            assert r.phones is not None
-            said = r.phones[r.said :]
-            kept[i] = drawn[listener.closest([trace.tokens[i, : r.frames] for trace in drawn], said)]
-
-    tokens = [kept[i].tokens[i, r.skip : r.frames] for i, r in enumerate(requests)]
-    spoken = decode(layer1, full, requests, tokens, options, generator=generator, noise=noise, listener=listener)
+        hints = [stage1.text_hint.alone(r.hint, stage1.config.phone_vocab - 1) for r in requests if r.hint is not None]
+        more["hint"] = _sides([hint for hint in hints for _ in range(count)], cuts)
+    prompts = [empty if r.voice is None else r.voice.tokens for r in draws]
+    trace = stage1.generate(
+        pad_sequence(prompts, batch_first=True), lengths, prompt_lengths=torch.tensor(cuts, device=device),
+        settings=options.stage1, generator=_noise_of(draws, options), noise=noise, return_iterations=True, **more,
+    )  # fmt: skip
+    assert isinstance(trace, MaskedTrace)
+    kept = [count * i for i in range(len(requests))]  # the draw that each request keeps
+    for i, r in enumerate(requests):
+        if count > 1 and listener is not None and r.phones is not None:
+            found = [trace.tokens[count * i + draw, : r.frames] for draw in range(count)]
+            kept[i] += listener.closest(found, r.phones[r.said :])
+    tokens = [trace.tokens[k, r.skip : r.frames] for k, r in zip(kept, requests, strict=True)]
+    spoken = decode(layer1, full, requests, tokens, options, noise=noise, listener=listener)
     return [
-        Made(tokens[i], codes, {"ssl": kept[i].item(i, r.frames), "acoustic": traces})
-        for i, (r, (codes, traces)) in enumerate(zip(requests, spoken, strict=True))
+        Made(said, codes, {"ssl": trace.item(k, r.frames), "acoustic": traces})
+        for k, r, said, (codes, traces) in zip(kept, requests, tokens, spoken, strict=True)
     ]
+
+
+def _noise_of(draws: Sequence[Request], options: Options) -> Any:
+    """As released one stream of noise runs through all; a batch needs one an utterance."""
+    return draws[0].generator if options.released else [r.generator for r in draws]
 
 
 def decode(
     layer1: Stage2, full: Stage2, requests: Sequence[Request], tokens: Sequence[Tensor], options: Options, *,
-    generator: Any, noise: Noise | None = None, listener: Listener | None = None,
+    noise: Noise | None = None, listener: Listener | None = None,
 ) -> list[tuple[Tensor, list[Any]]]:  # fmt: skip
     """Stage 2 of one batch: codes ``[T, Q]`` for the SSL tokens ``[T]`` of each request, and how they were decided."""
-    device, count = layer1.cond_emb.weight.device, full.config.num_quantizers
+    device, layers, count = layer1.cond_emb.weight.device, full.config.num_quantizers, options.stage2_candidates
     empty = torch.zeros(0, dtype=torch.long, device=device)
-    said, given = [], []
+    draws, said, given = [], [], []
     for r, own in zip(requests, tokens, strict=True):
         before = [pair for pair in (r.voice and (r.voice.tokens, r.voice.codes), r.carry) if pair]
-        said.append(torch.cat([*(pair[0] for pair in before), own]))
-        given.append(torch.cat([empty.new_zeros(0, count), *(pair[1][:, :count] for pair in before)]))
+        draws += _draws(r, count)
+        said += [torch.cat([*(pair[0] for pair in before), own])] * count
+        given += [torch.cat([empty.new_zeros(0, layers), *(pair[1][:, :layers] for pair in before)])] * count
     cuts = [len(codes) for codes in given]
     lengths = torch.tensor([len(s) - cut for s, cut in zip(said, cuts, strict=True)], device=device)
     if int(lengths.min()) < 1:
         raise MetisError("the prompt leaves nothing to generate; give a longer source or a shorter prompt")
-    semantic, prompt = _sides(said, cuts), pad_sequence(given, batch_first=True)
+    traces: list[MaskedTrace] = []
     shared: dict[str, Any] = {
-        "prompt_lengths": torch.tensor(cuts, device=device), "lengths": lengths, "noise": noise,
-        "steps": options.stage2_steps,
+        "prompt_lengths": torch.tensor(cuts, device=device), "lengths": lengths, "noise": noise, "traces": traces,
+        "steps": options.stage2_steps, "generator": _noise_of(draws, options),
     }  # fmt: skip
-    draws, traces = list[Tensor](), list[list[MaskedTrace]]()
-    for source in _draws(generator, options.stage2_candidates):
-        shared |= {"generator": source, "traces": (decided := list[MaskedTrace]())}
-        first = layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **shared)
-        draws.append(full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **shared))
-        traces.append(decided)
-    found = []
-    for i, (own, length) in enumerate(zip(tokens, lengths.tolist(), strict=True)):
-        codes = [draw[i, :length] for draw in draws]
-        best = codes[0] if listener is None or len(codes) == 1 else listener.best_of(own, codes)
-        found.append((best, [trace.item(i, length) for trace in traces[0]]))
-    return found
+    semantic, prompt = _sides(said, cuts), pad_sequence(given, batch_first=True)
+    first = layer1.generate(semantic, prompt, settings=replace(options.stage2, cfg=0.0), **shared)
+    codes = full.generate(semantic, prompt, first_layer=first, settings=options.stage2, **shared)
+    made = []
+    for i, own in enumerate(tokens):
+        some = [codes[count * i + draw, : len(own)] for draw in range(count)]
+        best = some[0] if listener is None or count == 1 else listener.best_of(own, some)
+        made.append((best, [trace.item(count * i, len(own)) for trace in traces]))
+    return made

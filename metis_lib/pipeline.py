@@ -374,13 +374,11 @@ class Metis:
         """SSL tokens ``[T]`` to codes ``[T, Q]`` by stage 2, after the tokens ``[P]`` and codes ``[P, Q]`` of a
         voice.  ``options``: those of stage 2 (see :meth:`generate`)."""
         chosen, tokens = self.options("tts", **options), tokens.to(self.device)
-        nothing, generator = torch.zeros(0), torch.Generator().manual_seed(seed)
+        nothing = torch.zeros(0)
         prompt = None if voice is None else Voice(nothing, *voice, nothing)
-        return decode(
-            self.stage2_layer1, self.stage2_full, [Request(len(tokens), generator, prompt)], [tokens], chosen,
-            generator=generator if chosen.released else [generator],
-            listener=self.listener if chosen.listens else None,
-        )[0][0]  # fmt: skip
+        request = Request(len(tokens), torch.Generator().manual_seed(seed), prompt)
+        nets, listener = (self.stage2_layer1, self.stage2_full), self.listener if chosen.draws > 1 else None
+        return decode(*nets, [request], [tokens], chosen, listener=listener)[0][0]
 
     @torch.no_grad()
     def decode_tokens(self, tokens: Tensor, prompt: Source | None = None, *, seed: int = 0, **options: Any) -> Speech:
@@ -699,13 +697,13 @@ class Metis:
             stage1 = self.task_model(model)
 
             def make(requests: list[Request], stage1: Stage1 = stage1) -> list[Made]:
-                listener = self.listener if options.listens else None
+                listener = self.listener if options.draws > 1 else None
                 nets = stage1, self.stage2_layer1, self.stage2_full
                 return run(*nets, requests, options, noise=noise, listener=listener)
 
             short = [(job, request) for job in mine for request in job.requests]
             results: dict[int, Made] = {}
-            limit = 1 if options.released else options.batch_frames  # as released: one by one
+            limit = 1 if options.released else options.batch_frames // options.draws  # as released: one by one
             for batch in batches([request for _, request in short], limit):
                 results |= dict(zip(batch, make([short[i][1] for i in batch]), strict=True))
             for i, (job, _) in enumerate(short):

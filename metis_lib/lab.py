@@ -499,6 +499,11 @@ class EvaluationBrowser(Panel):
         self.summary: Any = record.read_json(self.run / "summary.json")
         if not self.summary:
             raise MetisError(f"no run of metis evaluate at {run}: it has no summary.json")
+        if not set(self.summary) <= set(metrics.TASKS):
+            sets = ", ".join(self.summary)
+            raise MetisError(
+                f"{run} has scores of test sets ({sets}); open one of its runs, results/evaluation/nano-..."
+            )
         tasks = [(metrics.TASKS[task]["title"], task) for task in self.summary]
         self.task = _field(widgets.Dropdown, "task", options=tasks)
         self.system, self.score = _field(widgets.Dropdown, "system"), _field(widgets.Dropdown, "by")

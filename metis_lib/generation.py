@@ -255,7 +255,8 @@ def decode(
     layer1: Stage2, full: Stage2, requests: Sequence[Request], tokens: Sequence[Tensor], options: Options, *,
     noise: Noise | None = None, listener: Listener | None = None,
 ) -> list[tuple[Tensor, list[Any]]]:  # fmt: skip
-    """Stage 2 of one batch: codes ``[T, Q]`` for the SSL tokens ``[T]`` of each request, and how they were decided."""
+    """Stage 2 of one batch: codes ``[T, Q]`` for the SSL tokens ``[T]`` of each request, and how they were decided (of
+    several draws: the first)."""
     device, layers, count = layer1.cond_emb.weight.device, full.config.num_quantizers, options.stage2_candidates
     empty = torch.zeros(0, dtype=torch.long, device=device)
     draws, said, given = [], [], []

@@ -147,13 +147,14 @@ class Folder:
         """The one that the SSL encoder learned by."""
         if not (self.folder / "ssl" / "phones.safetensors").is_file():
             raise MetisError(f"the system {self.name!r} has no phone head, so it cannot choose among candidates")
-        return linear(load_state(self.folder / "ssl", "phones"))
+        return phone_head(self.folder / "ssl")
 
 
-def linear(state: dict[str, Tensor]) -> nn.Linear:
-    """A frozen linear layer in fp32 with the weights ``weight`` and ``bias``."""
+def phone_head(folder: Path) -> nn.Linear:
+    """The frozen phone head in fp32 beside the SSL encoder in ``folder``."""
+    state = load_state(folder, "phones")
     head = nn.Linear(state["weight"].shape[1], len(state["weight"]))
-    head.load_state_dict({key: value.float() for key, value in state.items()})
+    fill(head, state, folder)
     return head.requires_grad_(False)
 
 

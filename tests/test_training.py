@@ -1051,12 +1051,6 @@ def test_shipped_parts_are_taken_where_the_sizes_fit(small_queue, tmp_path, monk
     shutil.rmtree(home / "ssl")
     queue.bring_shipped(found)
     assert not (home / "ssl").exists()
-    grown = tmp_path / "grown"  # parts of the system to come go before
-    shutil.copytree(shipped / "little/lips", grown / "lips")
-    shutil.rmtree(home / "lips")
-    (grown / "lips" / "mark").touch()
-    queue.bring_shipped(found, grown)
-    assert (home / "lips" / "mark").is_file()
 
 
 def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_path, monkeypatch):

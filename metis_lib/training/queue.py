@@ -63,23 +63,19 @@ def home(queue: dict[str, Any]) -> Path:
     return metis_home() / "runs" / queue["system"]
 
 
-def bring_shipped(queue: dict[str, Any], grown: Path | None = None) -> None:
-    """Copy parts that the growing system lacks and that have its sizes: the weights to go on from.
-
-    They come from ``grown`` (parts of the system to come that are finished already) or are those that ship.
-    """
-    sizes, target = preset(queue["preset"]), home(queue)
+def bring_shipped(queue: dict[str, Any]) -> None:
+    """Copy shipped parts that the growing system lacks and that have its sizes: the weights to go on from."""
+    sizes, target, source = preset(queue["preset"]), home(queue), SHIPPED / queue["system"]
     for model in BUILD:
         name = FOLDERS.get(model, model)
-        for source in filter(None, (grown, SHIPPED / queue["system"])):
-            if (target / name / "config.json").exists() or not (source / name / "config.json").is_file():
-                continue
-            wanted = getattr(sizes, model, None)  # a task fits where its stage 1 does
-            own = source / "stage1" if wanted is None else source / name
-            if (own / "config.json").is_file() and same_sizes(
-                wanted or sizes.stage1, json.loads((own / "config.json").read_text())["config"]
-            ):
-                shutil.copytree(source / name, target / name)
+        if (target / name / "config.json").exists() or not (source / name / "config.json").is_file():
+            continue
+        wanted = getattr(sizes, model, None)  # a task fits where its stage 1 does
+        own = source / "stage1" if wanted is None else source / name
+        if (own / "config.json").is_file() and same_sizes(
+            wanted or sizes.stage1, json.loads((own / "config.json").read_text())["config"]
+        ):
+            shutil.copytree(source / name, target / name)
 
 
 def same_sizes(wanted: Any, config: dict[str, Any]) -> bool:
@@ -102,7 +98,7 @@ def run_next(
         raise MetisError(f"{path}: nothing is left to train" + (f" of {only}" if only else ""))
     number = open_ones[0]
     entry = queue["pieces"][number]
-    bring_shipped(queue, path.parent / "grown")
+    bring_shipped(queue)
     options = options_for(entry["model"], queue["preset"]) | entry.get("options", {})
     job = Job(
         entry["model"], preset(queue["preset"]), home(queue),

@@ -39,6 +39,7 @@ from metis_lib.models.discriminators import NANO, DiscriminatorConfig
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
+from metis_lib.stores import phone_head
 from metis_lib.tasks import TASKS, task
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder
@@ -180,10 +181,7 @@ class Job:
     @cached_property
     def phone_head(self) -> torch.nn.Linear:
         """Of the system's SSL encoder."""
-        head = load_state(self.out / "ssl", "phones")
-        linear = torch.nn.Linear(head["weight"].shape[1], len(head["weight"]))
-        fill(linear, head, self.out / "ssl")
-        return linear
+        return phone_head(self.out / "ssl")
 
     def timed(self, split: str) -> dict[str, Any]:
         """Durations of the phones of a split by recording, by the phone head of the system's SSL encoder."""

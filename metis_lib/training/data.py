@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -130,6 +130,29 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+class _Here:
+    """An iterator that goes on after a batch that cannot be made, as a loader's does (a generator would not)."""
+
+    def __init__(self, fetch: _Fetch, positions: Iterator[tuple[int, int, list[int]]]) -> None:
+        self.fetch, self.positions = fetch, positions
+
+    def __iter__(self) -> _Here:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.fetch[next(self.positions)]
+
+
+def read(source: Source, positions: Iterable[tuple[int, int, list[int]]], workers: int = 0) -> Iterable[Batch]:
+    """The batches of (epoch, step, items), in order, made here or ahead by ``workers`` processes."""
+    if not workers:
+        return _Here(_Fetch(source), iter(positions))
+    return DataLoader(
+        _Fetch(source), batch_size=None, sampler=positions,  # type: ignore[arg-type]
+        num_workers=workers, prefetch_factor=4, worker_init_fn=_begin_worker, multiprocessing_context="forkserver",
+    )  # fmt: skip
+
+
 class Feed:
     """The batches of a run, from any step on.
 
@@ -160,14 +183,7 @@ class Feed:
     def open(self, step: int = 0, rank: int = 0, world: int = 1, accumulate: int = 1) -> Iterator[Batch]:
         """Endless batches of process ``rank`` of ``world``, ``accumulate`` a step, from step ``step`` on."""
         positions = self.positions(step, rank, world, accumulate)
-        if not self.workers:
-            return (self.source.batch(items, epoch=epoch, step=at) for epoch, at, items in positions)
-        loader: Any = DataLoader(
-            _Fetch(self.source), batch_size=None, sampler=positions,  # type: ignore[arg-type]
-            num_workers=self.workers, prefetch_factor=4, worker_init_fn=_begin_worker,
-            multiprocessing_context="forkserver",
-        )  # fmt: skip
-        return iter(loader)
+        return iter(read(self.source, positions, self.workers))
 
     def held_out(self, count: int) -> list[Batch]:
         """The first ``count`` batches, for validation."""

@@ -39,8 +39,8 @@ class TrainSettings:
 
     Attributes:
         steps: the horizon of the schedule and the end of the run.
-        lr, warmup, schedule: linear warm-up, then ``cosine`` to a tenth, ``inverse_sqrt`` (MaskGCT section 4.1) or
-            ``constant``.
+        lr, warmup, schedule: linear warm-up, then ``cosine`` to a tenth, ``inverse_sqrt`` (MaskGCT section 4.1),
+            ``constant``, or ``budget``: the cosine over the time of the budget, whatever steps it gives.
         betas, weight_decay, clip: of AdamW; the largest norm of the gradient.
         frames: padded frames (tokens) of a batch on one process.
         accumulate: batches a step on each process.
@@ -75,8 +75,8 @@ class TrainSettings:
     keep: int = 2
 
 
-def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Learning rate at ``step`` (from 0)."""
+def learning_rate(step: int, settings: TrainSettings, spent: float = 0.0) -> float:
+    """Learning rate at ``step`` (from 0), with a share ``spent`` of the budget's time behind it."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     if settings.schedule == "inverse_sqrt":
@@ -84,6 +84,8 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     if settings.schedule == "constant":
         return settings.lr
     progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    if settings.schedule == "budget":
+        progress = spent
     return settings.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * min(progress, 1.0))))
 
 
@@ -316,7 +318,10 @@ def fit(
         MetisError: ten updates in a row were not finite, the memory or the disk does not suffice, or a state that
             does not fit.
     """
-    folder, until = Path(folder), time.monotonic() + (seconds_of(budget) if budget else math.inf)
+    folder, allowed = Path(folder), seconds_of(budget) if budget else math.inf
+    if settings.schedule == "budget" and not budget:
+        raise MetisError("the schedule budget needs one: say how long, such as --budget 100m")
+    started = time.monotonic()
     fabric = fabric or make_fabric(settings)
     names = [name for name, p in objective.named_parameters() if p.requires_grad]
     groups = {
@@ -393,11 +398,11 @@ def fit(
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + fabric.global_rank)  # dropout
             micro = [fabric.to_device(next(batches)) for _ in range(settings.accumulate)]
             votes = [
-                float(asked() or time.monotonic() > until),
+                float(asked() or time.monotonic() - started > allowed),
                 float(time.monotonic() - saved > 60 * settings.save_minutes),
             ]
             counts, votes = _sum_counts(fabric, [objective.counts(batch) for batch in micro], votes)
-            rate = learning_rate(step, settings)
+            rate = learning_rate(step, settings, (time.monotonic() - started) / allowed)
             if ramp:  # a new optimiser knows no second moments yet
                 rate *= min(1.0, (step - ramp + 1) / max(settings.warmup, 1))
             finite = True
@@ -471,7 +476,9 @@ def fit(
     module.eval()
     objective.to("cpu")
     progress["steps"] = progress.pop("step")
-    return {**scores, **{k: round(v, 3) for k, v in progress.items()}, "finished": progress["steps"] >= settings.steps}
+    spent = settings.schedule == "budget" and time.monotonic() - started > allowed
+    finished = spent or progress["steps"] >= settings.steps
+    return {**scores, **{k: round(v, 3) for k, v in progress.items()}, "finished": finished}
 
 
 def _validated(

@@ -21,13 +21,13 @@ from torch import Tensor
 from metis_lib.data.store import FlatStore
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
-from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, padded, plan, torch_chance
+from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, padded, plan, read, torch_chance
 from metis_lib.training.loop import TrainSettings
 
 
 def prepare(
     source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: float = 1, frames: int = 4000,
-    say: Callable[[str], None] = warnings.warn,
+    workers: int = 0, say: Callable[[str], None] = warnings.warn,
 ) -> FlatStore:  # fmt: skip
     """The examples of a source, encoded, in ``folder``; made on first use.
 
@@ -36,6 +36,7 @@ def prepare(
         given: adds ``tokens [B, T]`` and ``condition [B, T, C]`` to a batch
             (:func:`~metis_lib.training.generative.encode`).
         passes: how often each recording is used; below 1, which share of them.
+        workers: processes that simulate (0: this one).
 
     Returns:
         An item an example: int16 ``[T, 1 + C]``, its token and the bits of its condition in float16; ``id`` of the
@@ -45,21 +46,23 @@ def prepare(
         return FlatStore(folder)
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        step = 0
+        places: list[tuple[int, int, list[int]]] = []
         for epoch in range(math.ceil(passes)):
             batches = list(plan(source.lengths, frames, 1, seed=0, epoch=epoch))
             for (items,) in batches[: math.ceil((passes - epoch) * len(batches))]:
-                try:
-                    batch = given(source.batch(items, epoch=epoch, step=step))
-                except MetisError as error:
-                    say(f"left out {len(items)} recordings: {error}")
-                    continue
-                step += 1
-                tokens = batch["tokens"].numpy().astype(np.int16)
-                bits = batch["condition"].to(torch.float16).numpy().view(np.int16)
-                about = zip(batch["ids"], batch["lengths"].tolist(), batch["prompt"].tolist(), strict=True)
-                for k, (name, n, prompt) in enumerate(about):
-                    yield {"id": name, "prompt": prompt}, np.concatenate([tokens[k, :n, None], bits[k, :n]], axis=1)
+                places.append((epoch, len(places), items))
+        made = iter(read(source, places, workers))
+        for _, _, items in places:
+            try:
+                batch = given(next(made))
+            except MetisError as error:
+                say(f"left out {len(items)} recordings: {error}")
+                continue
+            tokens = batch["tokens"].cpu().numpy().astype(np.int16)
+            bits = batch["condition"].to(torch.float16).cpu().numpy().view(np.int16)
+            about = zip(batch["ids"], batch["lengths"].tolist(), batch["prompt"].tolist(), strict=True)
+            for k, (name, n, prompt) in enumerate(about):
+                yield {"id": name, "prompt": prompt}, np.concatenate([tokens[k, :n, None], bits[k, :n]], axis=1)
 
     return FlatStore.write(folder, pieces())
 

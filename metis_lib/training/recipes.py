@@ -343,6 +343,11 @@ def _task(job: Job) -> Built:
     return objective, made["train"], lambda: {"state": gen.task_state(model, base, full=full), "config": config}
 
 
+def unchanged(wav: Any, generator: Any) -> Any:
+    """A perturbation that perturbs nothing."""
+    return wav
+
+
 def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips: LipEncoder | None) -> Any:
     """What a task's batches of a split come from: a source, or a feed of several."""
     entry, o = task(job.model), job.chosen
@@ -374,7 +379,13 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
         made_by = "-".join(system_hash(job.out / part)[:8] for part in ("ssl", "semantic_codec", *parts))
         folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return prepare(source, lambda batch: gen.encode(batch, frozen, lips), folder, passes=passes)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+
+        def encoded(batch: data.Batch) -> data.Batch:
+            moved = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
+            return gen.encode(moved, frozen, lips)
+
+        return prepare(source, encoded, folder, passes=passes, workers=job.workers)
 
     # Prompts are drawn for every batch, so nothing of an example is one.
     whole = Simulation(vc=Prompt(p=0.0), tse=Extraction(prompt=Prompt(p=0.0)))
@@ -382,7 +393,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
     voices = None
     if prompted := {"vc", "tse", "l2s"} & set(odds):
         waves = job.waves(split)
-        same = Sources(perturb=lambda wav, _: wav)  # a conversion that changes nothing: clean speech is the condition
+        same = Sources(perturb=unchanged)  # a conversion that changes nothing: clean speech is the condition
         shards = job.tokens(split) if not o["audio"] else None
         clean = data.Adaptation(Pool(waves), same, {"vc": 1.0}, whole, shards=shards, longest=longest, seed=seed)
         voices = Voices(examples("clean", clean, 1), {item["id"]: item["speaker"] for item in waves.items})

@@ -4,6 +4,10 @@
     python -m recipes.nano.trip train OUT stage1 tts --budget 9m --results RESULTS --largest 15     there
     python -m recipes.nano.trip join RESULTS                 here again: the parts into the growing system
 
+Tasks on audio need speech to simulate from.  ``pack --hear`` takes along tokenizers, noise, rooms and the durations of
+phones; there ``listen`` decodes the codes to waveforms, from which ``examples`` makes what ``train ... se tse`` learns
+from (soxr, soundfile and, for vc, praat-parselmouth are needed for that).
+
 What comes back are weights (bf16), logs, and the state to go on from, cut into files of at most ``--largest`` MB.
 """
 
@@ -12,21 +16,39 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from metis_lib.config import preset
-from metis_lib.data.shards import pack
+import numpy as np
+import torch
+
+from metis_lib.checkpoints import system_hash
+from metis_lib.config import AcousticCodecConfig, preset
+from metis_lib.data.examples import Pool, Sources
+from metis_lib.data.shards import Packed, pack
+from metis_lib.data.simulate import HOP, Noises, Recording, Rooms
+from metis_lib.data.store import FlatStore, read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
+from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.training import queue
+from metis_lib.training.data import prepared
 from metis_lib.training.loop import seconds_of
-from metis_lib.training.recipes import FOLDERS, Job, options_for, settings_for, train
+from metis_lib.training.recipes import FOLDERS, Job, load_module, options_for, settings_for, task_source, train
 
 QUEUE = Path(__file__).with_name("queue.json")
 FROM_TOKENS = ("stage1", "stage2_layer1", "stage2_full", "tts")
 """Pieces that need nothing but tokens and earlier weights."""
+FROM_CODES = ("se", "tse", "vc", "omni")
+"""Pieces that learn from simulated audio, made of decoded codes."""
+ROOMS = 120
 
 
-def pack_up(out: Path, megabytes: float, path: Path = QUEUE) -> dict[str, object]:
+def pack_up(
+    out: Path, megabytes: float, path: Path = QUEUE, layers: int | None = None, hear: bool = False
+) -> dict[str, object]:
     """Write ``train`` and ``validation`` tokens and the weights so far into ``out``; what it holds."""
     found = queue.read(path)
     manifest = queue.metis_home() / "corpora" / found["system"] / "manifest.jsonl"
@@ -35,14 +57,125 @@ def pack_up(out: Path, megabytes: float, path: Path = QUEUE) -> dict[str, object
     )
     out.mkdir(parents=True, exist_ok=True)
     held: dict[str, object] = {}
-    for part in ("stage1", "stage2_layer1", "stage2_full", "tasks/tts"):
+    heard = ("ssl", "semantic_codec", "acoustic_codec") if hear else ()
+    for part in ("stage1", "stage2_layer1", "stage2_full", "tasks/tts", *heard):
         if (job.out / part / "config.json").is_file():
             shutil.copytree(job.out / part, out / "system" / part, dirs_exist_ok=True)
-    weights = sum(file.stat().st_size for file in (out / "system").rglob("*.*")) / 1e6
-    held["validation"] = pack(job.tokens("validation"), out / "validation.safetensors", megabytes=megabytes / 20)
-    held["train"] = pack(job.tokens("train"), out / "train.safetensors", megabytes=megabytes * 0.95 - weights)
+    if hear:
+        pack_sounds(job, out)
     shutil.copy(path, out / "queue.json")
+    taken = sum(file.stat().st_size for file in out.rglob("*.*") if file.is_file()) / 1e6
+    few = megabytes / 40 if hear else megabytes / 20
+    held["validation"] = pack(job.tokens("validation"), out / "validation.safetensors", megabytes=few, layers=layers)
+    held["train"] = pack(
+        job.tokens("train"), out / "train.safetensors", megabytes=megabytes - few - taken, layers=layers
+    )
     return held
+
+
+def pack_sounds(job: Job, out: Path) -> None:
+    """Noise (Opus), rooms, and the durations of phones."""
+    import soundfile
+
+    corpus, times = job.recordings.parent, f"durations-{system_hash(job.out / 'ssl')[:8]}"
+    (out / "corpus/noise").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for row in read_jsonl(corpus / "noise.jsonl"):
+        wav, rate = soundfile.read(corpus / row["path"], dtype="float32")
+        name = f"noise/{row['id']}.ogg"
+        soundfile.write(out / "corpus" / name, wav, rate, format="OGG", subtype="OPUS")
+        rows.append({**row, "path": name})
+    write_jsonl(out / "corpus/noise.jsonl", rows)
+    rooms = Rooms.load(corpus)
+    Rooms(*(getattr(rooms, key)[:ROOMS] for key in ("rirs", "length", "direct", "rt60"))).save(out / "corpus")
+    for split in ("train", "validation"):
+        job.timed(split)
+        shutil.copytree(prepared(job.recordings) / times / split, out / times / split, dirs_exist_ok=True)
+
+
+@dataclass(frozen=True)
+class There(Job):
+    """A job whose recordings are decoded codes, and whose babble is made of them; nothing is said for the log."""
+
+    voice = None
+
+    def sources(self, split: str, pool: Pool | None = None) -> Sources:
+        import soundfile
+
+        corpus, waves = self.recordings.parent, self.waves(split)
+        chosen = np.random.default_rng(0).permutation(len(waves))[:160]
+        talk = [Recording(waves.items[int(i)]["speaker"], np.array(waves[int(i)])) for i in chosen]
+        rows = [row for row in read_jsonl(corpus / "noise.jsonl") if (row["split"] == "train") == (split == "train")]
+        around = [Recording(row["id"], soundfile.read(corpus / row["path"], dtype="int16")[0]) for row in rows]
+        return Sources(pool, Noises(around, talk), Rooms.load(corpus))
+
+
+def listen(folder: Path, device: str = "", frames: int = 60_000) -> float:
+    """Decode the packed codes to waveforms, where a job looks for its recordings; how many hours."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows, manifest = [], folder / "corpus/manifest.jsonl"
+    packed = {split: Packed(folder / f"{split}.safetensors") for split in ("train", "validation")}
+    for split, shards in packed.items():
+        for i, n in enumerate(shards.lengths()):
+            record = shards.record(i)
+            rows.append({
+                "id": record["id"], "path": "-", "text": "", "language": "en", "speaker": record["speaker"] or "-",
+                "duration": float(n) * HOP / 24_000, "split": split, "source": "decoded codes", "licence": "-",
+                "human": False,
+            })  # fmt: skip
+    write_jsonl(manifest, rows)
+    codec = load_module(folder / "system/acoustic_codec", AcousticCodecConfig, AcousticCodec).to(device)
+    for split, shards in packed.items():
+        lengths, at, waves = shards.lengths(), 0, dict[int, np.ndarray]()
+        order = np.argsort(lengths, kind="stable")[::-1]
+        while at < len(order):
+            some = order[at : at + max(1, frames // int(lengths[order[at]]))]
+            at += len(some)
+            codes = [torch.from_numpy(shards[int(i)][1][:, 1:].astype(np.int64)) for i in some]
+            widest = len(codes[0])  # a shorter one goes on with its last frame
+            both = torch.stack([torch.cat([c, c[-1:].expand(widest - len(c), -1)]) for c in codes])
+            with torch.no_grad():
+                wav = (codec.decode(both.to(device)).clamp(-1, 1) * 32767).round().to(torch.int16).cpu().numpy()
+            waves |= {int(i): row[: len(c) * HOP] for i, row, c in zip(some, wav, codes, strict=True)}
+
+        def pieces(shards: Packed = shards, waves: dict[int, np.ndarray] = waves) -> Iterator[Any]:
+            for i in range(len(shards)):
+                record = shards.record(i)
+                about = {"id": record["id"], "speaker": record["speaker"], "text": "", "human": False}
+                yield about, waves[i]
+
+        home = prepared(manifest)
+        home.mkdir(parents=True, exist_ok=True)
+        FlatStore.write(home / f"waves-{split}", pieces())
+        for times in folder.glob("durations-*"):
+            shutil.copytree(times / split, home / times.name / split, dirs_exist_ok=True)
+    return float(sum(shards.lengths().sum() for shards in packed.values())) / 50 / 3600
+
+
+def job_there(folder: Path, piece: str, changes: dict[str, Any], workers: int) -> tuple[There, dict[str, Any]]:
+    """The job of the queue's open piece, and its entry; ``changes`` go over its settings, ``mode`` and ``rank``."""
+    found = queue.read(folder / "queue.json")
+    entry = next((e for e in found["pieces"] if e["model"] == piece and e.get("state") != "done"), None)
+    if entry is None:
+        raise MetisError(f"the queue has no open piece {piece}")
+    changes = dict(changes)
+    chosen = {key: changes.pop(key, entry.get(key, default)) for key, default in (("mode", "lora"), ("rank", 16))}
+    options = options_for(piece, found["preset"]) | entry.get("options", {}) | changes.pop("options", {})
+    manifest = folder / "corpus/manifest.jsonl"
+    job = There(
+        piece, preset(found["preset"]), folder / "system",
+        settings_for(piece, found["preset"], **{**entry.get("settings", {}), **changes}),
+        manifest if manifest.is_file() else None, shards=folder, **chosen, options=options, workers=workers,
+        about={"data": found["data"], "licence": found["licence"]},
+    )  # fmt: skip
+    return job, entry
+
+
+def examples(folder: Path, piece: str, changes: dict[str, Any], workers: int) -> None:
+    """Make a task's examples, which training then finds."""
+    job, _ = job_there(folder, piece, changes, workers)
+    for split, seed in (("validation", 1), ("train", job.settings.seed)):
+        task_source(job, split, seed, job.frozen, None)
 
 
 def split_file(file: Path, largest: int) -> None:
@@ -69,27 +202,19 @@ def join_files(folder: Path) -> None:
 
 def train_there(
     folder: Path, pieces: list[str], results: Path, budget: str, largest: float, device: str = "auto",
-    steps: int | None = None, workers: int = 0, states: bool = True,
+    changes: dict[str, Any] | None = None, workers: int = 0, states: bool = True,
 ) -> dict[str, object]:  # fmt: skip
     """Train pieces one after the other, each for an equal part of the budget; the parts and logs go to ``results``."""
-    if set(pieces) - set(FROM_TOKENS) or not pieces:
-        raise MetisError(f"from tokens alone: {', '.join(FROM_TOKENS)}; not {', '.join(pieces)}")
-    found, scores = queue.read(folder / "queue.json"), dict[str, object]()
+    if set(pieces) - {*FROM_TOKENS, *FROM_CODES} or not pieces:
+        raise MetisError(f"from tokens alone: {', '.join(FROM_TOKENS + FROM_CODES)}; not {', '.join(pieces)}")
+    scores = dict[str, object]()
     for piece in pieces:
-        entry = next((e for e in found["pieces"] if e["model"] == piece and e.get("state") != "done"), None)
-        if entry is None:
-            raise MetisError(f"the queue has no open piece {piece}")
-        changes = {**entry.get("settings", {}), **({"steps": steps} if steps else {})}
-        job = Job(
-            piece, preset(found["preset"]), folder / "system", settings_for(piece, found["preset"], **changes),
-            shards=folder, mode=entry.get("mode", "lora"), rank=entry.get("rank", 16),
-            options=options_for(piece, found["preset"]) | entry.get("options", {}), workers=workers,
-            about={"data": found["data"], "licence": found["licence"]},
-        )  # fmt: skip
+        job, entry = job_there(folder, piece, changes or {}, workers)
         left = f"{seconds_of(budget) / len(pieces):.0f}s"
         scores[piece] = train(
-            job, budget=left, first=entry.get("steps", 0), device=device, say=lambda line: print(line, flush=True)
-        )
+            job, budget=left, first=entry.get("steps", 0), device=device,
+            say=partial(print, f"{piece}:", flush=True),
+        )  # fmt: skip
         part, run = FOLDERS.get(piece, piece).replace("/", "-"), job.out / "runs" / piece
         shutil.rmtree(results / part, ignore_errors=True)
         (results / part).mkdir(parents=True)
@@ -102,7 +227,6 @@ def train_there(
                 shutil.copy(file, results / part / file.name)
         for file in list((results / part).iterdir()):
             split_file(file, int(largest * 1e6))
-    (results / "scores.json").write_text(json.dumps(scores, indent=1))
     return scores
 
 
@@ -135,6 +259,12 @@ def main() -> None:
     one = actions.add_parser("pack")
     one.add_argument("out", type=Path)
     one.add_argument("--megabytes", type=float, default=50.0)
+    one.add_argument("--layers", type=int, help="of the acoustic codes; all by default")
+    one.add_argument("--hear", action="store_true", help="what tasks on audio need, too")
+    actions.add_parser("listen", help="decode the codes to waveforms").add_argument("folder", type=Path)
+    made = actions.add_parser("examples", help="make a task's examples")
+    made.add_argument("folder", type=Path)
+    made.add_argument("pieces", nargs="+")
     two = actions.add_parser("train")
     two.add_argument("folder", type=Path)
     two.add_argument("pieces", nargs="+")
@@ -142,8 +272,9 @@ def main() -> None:
     two.add_argument("--budget", default="9m")
     two.add_argument("--largest", type=float, default=15.0, help="MB of a file that comes back")
     two.add_argument("--device", default="auto")
-    two.add_argument("--steps", type=int, help="horizon of the schedule; the queue's by default")
-    two.add_argument("--workers", type=int, default=0)
+    for one in (two, made):
+        one.add_argument("--changes", type=json.loads, default={}, help="settings in JSON, over the queue's")
+        one.add_argument("--workers", type=int, default=0)
     two.add_argument("--no-states", action="store_true", help="bring back weights and logs only")
     actions.add_parser("join").add_argument("results", type=Path)
     a = parser.parse_args()
@@ -156,12 +287,17 @@ def main() -> None:
 def act(a: argparse.Namespace) -> None:
     """Do what was asked on the command line."""
     if a.action == "pack":
-        print(json.dumps(pack_up(a.out, a.megabytes), indent=1))
+        print(json.dumps(pack_up(a.out, a.megabytes, layers=a.layers, hear=a.hear), indent=1))
+    elif a.action == "listen":
+        print(f"{listen(a.folder):.1f} hours")
+    elif a.action == "examples":
+        for piece in a.pieces:
+            examples(a.folder, piece, a.changes, a.workers)
     elif a.action == "train":
         print(
             json.dumps(
                 train_there(
-                    a.folder, a.pieces, a.results, a.budget, a.largest, a.device, a.steps, a.workers, not a.no_states
+                    a.folder, a.pieces, a.results, a.budget, a.largest, a.device, a.changes, a.workers, not a.no_states
                 ),
                 indent=1,
             )

@@ -144,6 +144,29 @@ def lora_model(io_state):
 
 
 @pytest.mark.golden
+def test_lora_of_a_lower_rank_is_the_nearest_one():
+    generator = torch.Generator().manual_seed(0)
+    a, b = "model.x.lora_A.default.weight", "model.x.lora_B.default.weight"
+    state = {
+        a: torch.randn(6, 20, generator=generator),
+        b: torch.randn(30, 6, generator=generator),
+        "gate": torch.ones(1),
+    }
+    whole = state[b] @ state[a]
+    errors = []
+    for rank in (1, 3, 6, 8):
+        less = adapt.reduce_lora(state, rank)
+        assert (
+            less[a].shape == (min(rank, 6), 20)
+            and less[b].shape == (30, min(rank, 6))
+            and less["gate"] is state["gate"]
+        )
+        errors.append(float((less[b] @ less[a] - whole).pow(2).sum()))
+        left = torch.linalg.svdvals(whole)[rank:].pow(2).sum()
+        assert errors[-1] == pytest.approx(float(left), abs=1e-2)
+    assert errors == sorted(errors, reverse=True) and errors[0] > 10 * errors[1] / 9
+
+
 def test_lora_active_and_merged():
     state, io = vectors("lora")
     model = lora_model(state)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 
@@ -85,6 +86,32 @@ def test_learning_rates():
     assert learning_rate(31_999, paper) == pytest.approx(1e-4)
     assert learning_rate(127_999, paper) == pytest.approx(0.5e-4)
     assert (paper.steps, paper.frames, paper.warmup) == (1_200_000, 10_000, 32_000)
+
+
+def test_the_cosine_over_a_budgets_time(tmp_path):
+    model = torch.nn.Linear(2, 1)
+
+    class Small(loop.Objective):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def counts(self, batch):
+            return {"loss": 1.0}
+
+        def forward(self, batch, part="model"):
+            return {"loss": self.model(batch["x"]).square().sum()}
+
+    settings = TrainSettings(
+        steps=10**7, lr=0.01, warmup=5, schedule="budget", precision="32-true", log_every=1, save_minutes=100
+    )
+    feed = Repeat({"x": torch.ones(1, 2)})
+    found = loop.fit(Small(), feed, settings, tmp_path / "run", budget="1.5s")
+    rates = [json.loads(line)["lr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert found["finished"] and 20 < found["steps"] < 10**7
+    assert rates[5:] == sorted(rates[5:], reverse=True) and rates[6] > 0.005 and 0.001 <= rates[-1] < 0.0015
+    with pytest.raises(MetisError, match="needs one"):
+        loop.fit(Small(), feed, settings, tmp_path / "other")
 
 
 def test_budgets():
@@ -963,6 +990,55 @@ def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypa
         trip.train_there(tmp_path / "pack", ["ssl"], tmp_path / "back", "1m", 15)
 
 
+def test_tasks_on_audio_train_from_codes_on_a_bare_machine(workshop, tmp_path, monkeypatch):
+    """Codes become waveforms there, and those become examples: by several processes the same as by one."""
+    from metis_lib.data.simulate import Rooms
+    from recipes.nano import trip
+
+    manifest, system = workshop
+    home, generator = tmp_path / "home", np.random.default_rng(0)
+    monkeypatch.setenv("METIS_HOME", str(home))
+    corpus = home / "corpora/little"
+    shutil.copytree(manifest.parent, corpus)
+    shutil.copytree(system, home / "runs/little")
+    (corpus / "noise").mkdir()
+    rows = []
+    for split in ("train", "test"):
+        soundfile.write(corpus / f"noise/{split}.flac", 0.1 * generator.standard_normal(48_000), 24_000)
+        rows.append({"id": split, "path": f"noise/{split}.flac", "duration": 2.0, "split": split})
+    (corpus / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    room = (np.eye(1, 300)[0].astype(np.float32), 0, 0.1)
+    Rooms.stack([room, room]).save(corpus)
+    entry = {"model": "se", "rank": 2, "settings": {"steps": 3}, "options": {"passes": 1}}
+    path = tmp_path / "queue.json"
+    queue.write(path, {"system": "little", "preset": "debug", "data": "d", "licence": "l", "pieces": [entry]})
+    trip.pack_up(tmp_path / "pack", 30.0, path, layers=2, hear=True)
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "there"))
+    assert trip.listen(tmp_path / "pack", device="cpu") > 0
+    job, _ = trip.job_there(tmp_path / "pack", "se", {}, 0)
+    waves = job.waves("train")
+    packed = trip.Packed(tmp_path / "pack/train.safetensors")
+    for i in range(len(packed)):
+        record, tokens = packed[i]
+        assert tokens.shape[1] == 3 and record["speaker"] == waves.items[i]["speaker"]
+        assert record["id"] == waves.items[i]["id"] and waves.length(i) == 480 * len(tokens)
+    made = {}
+    for workers in (0, 2):
+        trip.examples(tmp_path / "pack", "se", {}, workers)
+        (folder,) = (tmp_path / "there/prepared").glob("*/examples-se-1-*/train")
+        made[workers] = np.load(folder / "data.npy")
+        shutil.move(folder, tmp_path / f"examples-{workers}")
+    assert np.array_equal(made[0], made[2]) and made[0].shape[1] == 1 + job.system.ssl.hidden_size
+    command = ["train", str(tmp_path / "pack"), "se", "--results", str(tmp_path / "back"), "--device", "cpu"]
+    subprocess.run(
+        [sys.executable, "-c", BARE.replace('"soundfile", "soxr", ', ""), *command, "--changes", '{"steps": 4}'],
+        check=True, cwd=GOLDEN.parent.parent, env={**os.environ, "METIS_HOME": str(tmp_path / "there")}, timeout=300,
+    )  # fmt: skip
+    monkeypatch.setenv("METIS_HOME", str(home))
+    assert trip.bring_home(tmp_path / "back", path) == ["se"]
+    assert queue.read(path)["pieces"][0]["steps"] == 4
+
+
 def test_many_hours_stream_in_flat_memory(tmp_path):
     """The measurement of recipes/paper/stream.py in small (results/bench/stream.json has a thousand hours)."""
     from metis_lib.data.shards import Shards
@@ -1084,6 +1160,8 @@ def test_results_of_several_test_sets_are_one_document(tmp_path):
 
 
 def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
+    from metis_lib.checkpoints import TaskConfig, load_config_and_card
+
     manifest, system = workshop
     shutil.copytree(system, tmp_path / "system")
     for part in ("stage2_layer1", "stage2_full"):
@@ -1100,6 +1178,10 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     assert (out / "tasks/se/model.safetensors").read_bytes() == before
     with pytest.raises(MetisError, match="another mode, size or rank"):
         recipes.train(replace(make_job("se", out, manifest), rank=8), resume=False)
+    less = replace(make_job("se", tmp_path / "less", manifest, steps=1), rank=2)
+    shutil.copytree(out, tmp_path / "less")
+    assert recipes.train(less, resume=False)["finished"]  # the nearest of a lower rank goes on
+    assert load_config_and_card(tmp_path / "less/tasks/se", TaskConfig)[0].lora_rank == 2
     # a fine-tuned system is a base like any other, and its runs stay its own
     again = recipes.finetune("se", manifest, tmp_path / "next", base=out, rank=4, settings=settings)
     assert again["finished"] and again["steps"] == 2

@@ -79,6 +79,18 @@ def check_lora(model: nn.Module, state: dict[str, Tensor]) -> int:
     return rank
 
 
+def reduce_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """``state`` with every LoRA pair of more than ``rank`` replaced by the nearest of ``rank`` (singular values)."""
+    out = dict(state)
+    for key in (key for key in state if ".lora_A." in key and len(state[key]) > rank):
+        other = key.replace(".lora_A.", ".lora_B.")
+        left, values, right = torch.linalg.svd(state[other].double() @ state[key].double(), full_matrices=False)
+        root = values[:rank].sqrt()
+        out[key] = (root[:, None] * right[:rank]).to(state[key].dtype)
+        out[other] = (left[:, :rank] * root).to(state[other].dtype)
+    return out
+
+
 def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False, scale: float = 2.0) -> None:
     """Add ``scale * B A`` (alpha is twice the rank) to the weights of ``model``, in place or to copies of them.
 

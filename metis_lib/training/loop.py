@@ -321,7 +321,7 @@ def fit(
     folder, allowed = Path(folder), seconds_of(budget) if budget else math.inf
     if settings.schedule == "budget" and not budget:
         raise MetisError("the schedule budget needs one: say how long, such as --budget 100m")
-    started = time.monotonic()
+    started = ready = time.monotonic()
     fabric = fabric or make_fabric(settings)
     names = [name for name, p in objective.named_parameters() if p.requires_grad]
     groups = {
@@ -402,7 +402,9 @@ def fit(
                 float(time.monotonic() - saved > 60 * settings.save_minutes),
             ]
             counts, votes = _sum_counts(fabric, [objective.counts(batch) for batch in micro], votes)
-            rate = learning_rate(step, settings, (time.monotonic() - started) / allowed)
+            if step == first:  # what it took to begin is not part of the schedule
+                ready = time.monotonic()
+            rate = learning_rate(step, settings, (time.monotonic() - ready) / max(started + allowed - ready, 1e-3))
             if ramp:  # a new optimiser knows no second moments yet
                 rate *= min(1.0, (step - ramp + 1) / max(settings.warmup, 1))
             finite = True

@@ -22,7 +22,20 @@ from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.training.recipes import BUILD, FOLDERS, Job, options_for, settings_for, train
 
-KEYS = {"model", "settings", "options", "mode", "rank", "workers", "state", "steps", "score", "cpu_hours", "frames"}
+KEYS = {
+    "model",
+    "settings",
+    "options",
+    "mode",
+    "rank",
+    "device",
+    "workers",
+    "state",
+    "steps",
+    "score",
+    "cpu_hours",
+    "frames",
+}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from metis_lib.data.shards import Packed, Shards, tokenise
 from metis_lib.data.simulate import Extraction, Prompt
 from metis_lib.data.store import FlatStore, read_manifest
 from metis_lib.errors import MetisError
+from metis_lib.models import adapt
 from metis_lib.models.discriminators import NANO, DiscriminatorConfig
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
@@ -458,6 +459,8 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
         return {}
     document, state = json.loads((job.folder / "config.json").read_text()), load_state(job.folder)
     if job.model in TASKS:
+        if job.rank and job.mode == "lora":  # what was learned at a higher rank, as far as this one can say it
+            state = adapt.reduce_lora(state, job.rank)
         have = {k.removeprefix("model."): v for k, v in state.items()}
         shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
         wrong = [k for k, v in have.items() if shapes.get(k) != v.shape]

@@ -74,7 +74,7 @@ def pack_up(
 
 
 def pack_sounds(job: Job, out: Path) -> None:
-    """Noise (Opus), rooms, and the durations of phones."""
+    """Noise (Opus), rooms, and the durations of phones where the SSL encoder has a head for them."""
     import soundfile
 
     corpus, times = job.recordings.parent, f"durations-{system_hash(job.out / 'ssl')[:8]}"
@@ -88,7 +88,7 @@ def pack_sounds(job: Job, out: Path) -> None:
     write_jsonl(out / "corpus/noise.jsonl", rows)
     rooms = Rooms.load(corpus)
     Rooms(*(getattr(rooms, key)[:ROOMS] for key in ("rirs", "length", "direct", "rt60"))).save(out / "corpus")
-    for split in ("train", "validation"):
+    for split in ("train", "validation") if (job.out / "ssl/phones.safetensors").is_file() else ():
         job.timed(split)
         shutil.copytree(prepared(job.recordings) / times / split, out / times / split, dirs_exist_ok=True)
 

@@ -2,7 +2,8 @@
 
 Each entry names a model, its settings and options, and keeps what was reached: ``state`` (todo, part, done), ``steps``
 done, CPU hours, frames, and its score on held-out speech.  A piece that was cut off goes on with its state; where
-that is lost, with its weights at the step they have.
+that is lost, with its weights at the step they have.  ``anew``: it does not go on from what is there of the part;
+``device`` names one that is not two CPU cores.
 """
 
 from __future__ import annotations
@@ -22,20 +23,7 @@ from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.training.recipes import BUILD, FOLDERS, Job, options_for, settings_for, train
 
-KEYS = {
-    "model",
-    "settings",
-    "options",
-    "mode",
-    "rank",
-    "device",
-    "workers",
-    "state",
-    "steps",
-    "score",
-    "cpu_hours",
-    "frames",
-}
+KEYS = set("model settings options mode rank anew device workers state steps score cpu_hours frames".split())
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -128,6 +116,8 @@ def run_next(
     run = job.out / "runs" / entry["model"]
     if entry.get("state", "todo") == "todo":  # states of an earlier piece of this model are not its own
         shutil.rmtree(run, ignore_errors=True)
+        if entry.get("anew"):  # of another rank, say
+            shutil.rmtree(job.folder, ignore_errors=True)
         entry["state"] = "part"
         write(path, queue)
     try:

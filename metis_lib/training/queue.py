@@ -23,7 +23,8 @@ from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.training.recipes import BUILD, FOLDERS, Job, options_for, settings_for, train
 
-KEYS = set("model settings options mode rank anew device workers state steps score cpu_hours frames".split())
+KEYS = {"model", "settings", "options", "mode", "rank", "anew", "device", "workers"}
+KEYS |= {"state", "steps", "score", "cpu_hours", "frames"}
 
 
 def read(path: Path) -> dict[str, Any]:

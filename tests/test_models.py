@@ -122,20 +122,6 @@ def test_stage1_training_forward(omni):
     torch.testing.assert_close(loss, io["tr_ce_per_token"][drawn].mean(), **TOLERANCE)
 
 
-@pytest.mark.golden
-def test_lip_variant_with_plain_adapter():
-    state, io = vectors("stage1_l2s")
-    model = Stage1(replace(S1, adapter="plain")).eval()
-    model.load_state_dict(state, strict=True)
-    video = torch.nn.functional.interpolate(io["video25"].transpose(1, 2), scale_factor=2, mode="linear")
-    torch.testing.assert_close(video.transpose(1, 2), io["video50"], **TOLERANCE)
-    condition = torch.cat([torch.zeros(1, 5, 24), io["video50"]], dim=1)
-    torch.testing.assert_close(model.cond_adapter(condition), io["adapter_out"], **TOLERANCE)
-    settings = DecodeSettings(steps=4, cfg=0.0, top_fraction=1 - 0.8)
-    out = model.generate(io["prompt"].long(), 16, condition=condition, settings=settings, noise=Recorded(io, ""))
-    assert torch.equal(out, io["out"].long())
-
-
 def lora_model(io_state):
     model = Stage1(replace(S1, adapter="gated")).eval()
     base = {k.removeprefix("base/"): v for k, v in io_state.items() if k.startswith("base/")}

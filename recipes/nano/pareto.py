@@ -50,6 +50,7 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
 USED = ("ssl", "semantic_codec", "acoustic_codec", "stage2_layer1", "stage2_full")
 APPLIES = {"stage2": "any", "tts": "tts", "se": "se"}
 """Which tasks take what a sweep has chosen as their default."""
+TITLES = {"stage2": "stage 2, from the recording's tokens", "tts": "text-to-speech", "se": "enhancement"}
 
 
 def passes(metis: Metis, sweep: str, options: dict[str, Any]) -> int:
@@ -116,6 +117,7 @@ def choose(points: list[dict[str, Any]]) -> dict[str, Any]:
 def draw(points: list[dict[str, Any]], chosen: dict[str, Any]) -> Any:
     """Word error rate against passes: a panel a sweep, a colour a guidance, 95 % intervals, the choice."""
     import matplotlib.pyplot as plt
+    import matplotlib.ticker
     import seaborn
 
     names = list(dict.fromkeys(p["sweep"] for p in points))
@@ -144,8 +146,10 @@ def draw(points: list[dict[str, Any]], chosen: dict[str, Any]) -> Any:
         axis.plot(
             pick["passes"], 100 * pick["wer"]["mean"], "o", ms=13, mfc="none", mec="black", label="chosen default"
         )
-        axis.set(title=name, xlabel="passes", ylabel="word error rate (%)", xscale="log", ylim=(0, None))
-        axis.legend(fontsize=8)
+        axis.set(title=TITLES.get(name, name), xlabel="passes", ylabel="word error rate (%)", ylim=(0, None))
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.legend(fontsize=8, loc="lower right")
     plt.close(figure)
     return figure
 

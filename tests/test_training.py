@@ -1159,6 +1159,16 @@ def test_results_of_several_test_sets_are_one_document(tmp_path):
     assert json.loads((tmp_path / "out/run.json").read_text())["human"]["checkpoint"] == "debug"
 
 
+def test_omnis_scores_by_task(tmp_path):
+    from recipes.nano import build
+
+    assert build.omni_of(tmp_path) == {}
+    (tmp_path / "omni").mkdir()
+    rows = {"tts": {"mine": 1, "mine-omni": 2}, "tse": {"mine": 3, "mine-omni": 4, "mine-omni-text": 5}}
+    (tmp_path / "omni/summary.json").write_text(json.dumps(rows))
+    assert build.omni_of(tmp_path) == {"tts": 2, "tse": 4, "tse-text": 5}
+
+
 def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     from metis_lib.checkpoints import TaskConfig, load_config_and_card
 

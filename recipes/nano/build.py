@@ -19,6 +19,7 @@ from metis_lib.assets import metis_home
 from metis_lib.checkpoints import SHIPPED
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, runner
+from metis_lib.evaluation.systems import OMNI, TOLD
 from metis_lib.training import queue
 from metis_lib.training.loop import seconds_of
 from metis_lib.training.recipes import BUILD, FOLDERS
@@ -79,11 +80,23 @@ def results(
         folder = runs / f"{Path(model).name}-{name}"
         say(f"{name}: {', '.join(tasks)}")
         found = runner.evaluate(tasks, None, name, folder, checkpoint=model, limit=limit, **options)
-        summaries[name] = found
+        summaries[name] = found | ({"omni": omni_of(folder)} if "omni" in tasks else {})
         about[name] = json.loads((folder / "run.json").read_text())
         record.write_json(out / "summary.json", summaries)
         record.write_json(out / "run.json", about)
     return summaries
+
+
+def omni_of(folder: Path) -> dict[str, Any]:
+    """Omni's scores in a run, ``{task: {metric: score}}``; extraction that is told the words is ``tse-text``."""
+    tried = record.read_json(folder / "omni" / "summary.json") or {}
+    return {
+        task + ending.removeprefix(OMNI): rows[name]
+        for task, rows in tried.items()
+        for name in rows
+        for ending in (OMNI, TOLD)
+        if name.endswith(ending)
+    }
 
 
 def build(

@@ -243,34 +243,6 @@ def test_phones(place):
 
 
 @pytest.mark.golden
-def test_lora_of_the_released_code_merges_to_its_numbers(tmp_path):
-    golden = load_file(GOLDEN / "lora.safetensors")
-    group = {
-        name: {key.removeprefix(f"sd/{name}/"): value for key, value in golden.items() if key.startswith(f"sd/{name}/")}
-        for name in ("base", "lora", "adapter")
-    }
-    config = SystemConfig("golden", ssl=replace(TINY.ssl, hidden_size=24), stage1=Stage1Config(64, 3, 4, 50))
-    (tmp_path / "config.json").write_text(json.dumps({"type": "SystemConfig", "config": to_dict(config)}))
-    base = {key: value for key, value in group["base"].items() if not key.startswith("cond_adapter.")}
-    put(tmp_path, "metis_base/model", base)
-    put(tmp_path, "metis_se/metis_se_lora_4", group["lora"], None)
-    put(tmp_path, "metis_se/metis_se_lora_4_adapter", group["adapter"], None)
-    released = Released(tmp_path)
-    assert released.tasks == ("se",)
-    task, added = released.task("se")
-    assert task == TaskConfig("se", {"adapter": "gated", "cond_dim": 24}, 4)
-    model = Stage1(replace(config.stage1, **task.stage1)).eval()
-    plain = {key: value for key, value in added.items() if ".lora_" not in key}
-    fill(model, released.part("stage1").state_dict() | plain, "here")
-    lora = {key: value for key, value in added.items() if key not in plain}
-    assert adapt.check_lora(model, lora) == task.lora_rank
-    adapt.fold_lora(model, lora)
-    with torch.no_grad():
-        out = model.diff_estimator(golden["io/x"], golden["io/t"])
-    torch.testing.assert_close(out, golden["io/out_merged"], atol=1e-4, rtol=0)
-
-
-@pytest.mark.golden
 def test_stage2_of_the_released_code_has_these_keys():
     golden = {key.split("/")[-1] for key in load_file(GOLDEN / "s2a.safetensors") if key.startswith("sd/")}
     ours = set(Stage2(Stage2Config(12, False, 8, 9, 2, 4, 4)).state_dict()) | {"diff_estimator.embed_tokens.weight"}

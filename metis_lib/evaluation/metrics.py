@@ -299,7 +299,7 @@ def si_sdr(reference_16k: Wave, signal_16k: Wave) -> float:
 
 # --- pitch and duration ----------------------------------------------------------------------------------
 
-PITCH_HZ = (60.0, 700.0)
+PITCH_HZ = (75.0, 600.0)
 """Range in which Praat's pitch tracker looks first."""
 
 
@@ -322,7 +322,7 @@ def prosody(reference_16k: Wave, signal_16k: Wave) -> dict[str, float]:
 
     Frames of 10 ms are aligned by dynamic time warping of mel cepstra.  Error and correlation are of the log pitch over
     frames voiced in both; the F1 says how well voiced and unvoiced frames agree.  The tracker looks from three quarters
-    of the reference's lower quartile to one and a half of its upper one, so it takes no octave for another (De Looze
+    of the reference's lower quartile to twice its upper one, so it takes no octave for another (De Looze
     and Hirst, Speech Prosody 2008): in a wide range a rough voice is most often heard an octave too low.
 
     Raises:
@@ -335,7 +335,7 @@ def prosody(reference_16k: Wave, signal_16k: Wave) -> dict[str, float]:
     frames = [cepstra(np.asarray(wav, dtype=np.float32)) for wav in (reference_16k, signal_16k)]
     if not np.isfinite(first := _pitch(reference_16k, len(frames[0]), *PITCH_HZ)).any():
         raise MetricFailure("pitch: 0 frames are voiced in both recordings; at least 10 are needed")
-    span = (0.75 * np.nanpercentile(first, 25), 1.5 * np.nanpercentile(first, 75))
+    span = (0.75 * np.nanpercentile(first, 25), 2.0 * np.nanpercentile(first, 75))
     truth, heard = (
         _pitch(wav, len(part), *span) for wav, part in zip((reference_16k, signal_16k), frames, strict=True)
     )

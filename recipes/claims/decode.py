@@ -32,7 +32,9 @@ from recipes.claims.arms import Arm, Lab, code, once, result_of
 
 TOGETHER = 12
 """Items that are made together."""
-STEPS = (1, 2, 3, 5, 8, 10, 16, 25, 50)
+STEPS = (1, 5, 10, 25, 50)
+ONE = {"candidates": 1}
+"""One draw: the system's choice among several would hide what the draws are."""
 
 Make = Callable[[Sequence[Item], int], list[Speech]]
 
@@ -51,7 +53,6 @@ class Study:
 def studies(lab: Lab) -> dict[str, Study]:
     """Every study by name."""
     many = lab.hours[1]
-    enhance = {base: Arm("se", base, hours=many) for base in ("none", "pretrained")}
     pair = (Arm("tse", hours=many), Arm("omni", hours=many))
     return {
         "alone": Study("tts", dict.fromkeys(("continued", "said", "reversed"), {}),
@@ -60,15 +61,16 @@ def studies(lab: Lab) -> dict[str, Study]:
         # by itself the text brings guidance of 2.5 with it, so both sides are told to have none
         "text-tse": Study("tse", {"untold": {"cfg": 0.0}, "told": {"cfg": 0.0}, "told, guided": {"cfg": 2.5}},
                           ("wer", "sim_prompt")),
-        "steps-tts": Study("tts", {str(n): {"steps": n} for n in STEPS}),
+        "steps-tts": Study("tts", {str(n): {"steps": n, **ONE} for n in STEPS}),
         "steps-se": Study("se", {str(n): {"steps": n} for n in STEPS}, ("wer", "pesq_wb")),
-        "steps-stage2": Study("codec", {str(n): {"stage2_steps": (n, max(1, n // 2))} for n in STEPS},
-                              ("wer", "pesq_wb")),
-        "schedule-tts": Study("tts", {name: {"schedule": name} for name in SCHEDULES}),
-        "schedule-se": Study("se", {name: {"schedule": name} for name in SCHEDULES}, ("wer", "pesq_wb")),
+        "steps-stage2": Study(
+            "codec", {str(n): {"stage2_steps": (n, max(1, n // 2)), "stage2_candidates": 1} for n in STEPS},
+            ("wer", "pesq_wb")),
+        "schedule-tts": Study("tts", {name: {"schedule": name, "steps": 10, **ONE} for name in SCHEDULES}),
+        "schedule-se": Study("se", {name: {"schedule": name, "steps": 10} for name in SCHEDULES}, ("wer", "pesq_wb")),
         "ssl-layers": Study("", {}, ("phone_error", "speaker_accuracy")),
-        "two-stages": Study("se", {"two stages": {}, "direct": {}, "two stages, pre-trained": {}}, ("wer", "pesq_wb"),
-                            (enhance["none"], Arm("direct", "none", hours=many), enhance["pretrained"])),
+        "two-stages": Study("se", {"two stages": {}, "direct": {}}, ("wer", "pesq_wb"),
+                            (Arm("se", hours=many), Arm("direct", hours=many))),
         "omni-arms": Study("tse", {"tse": {}, "omni": {}}, ("wer", "sim_prompt"), pair),
     }  # fmt: skip
 

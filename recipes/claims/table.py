@@ -28,7 +28,7 @@ VERDICTS = ("holds", "fails", "undecided")
 FOLDER = record.ROOT / "results" / "claims"
 COLOURS = {"holds": "#0173b2", "fails": "#d55e00", "undecided": "#949494"}
 """Seaborn's colour-blind palette; markers tell them apart too."""
-TRAINED = {"two-stages": "se-none-", "omni-arms": "tse-pretrained-"}
+TRAINED = {"two-stages": "se-system-", "omni-arms": "tse-system-"}
 """Studies that decode trainings, one a seed; how the id of the arm begins whose tokens are told."""
 
 
@@ -190,8 +190,9 @@ def _write(lab: Lab, folder: Path, results: Results, rows: list[dict[str, Any]])
     arms = [{k: v for k, v in arm.items() if k not in hidden} for arm in results["arms"].values()]
     record.write_json(folder / "arms.json", arms)
     record.write_json(folder / "decode.json", results["decode"])
-    settings = {key: getattr(lab, key) for key in ("tokens", "pretraining", "frames", "lr", "precision", "hours",
-                                                   "held_out", "seeds", "testset", "items")}  # fmt: skip
+    settings = {key: getattr(lab, key) for key in ("tokens", "pretraining", "frames", "lr", "pretraining_lr",
+                                                   "precision", "hours", "held_out", "seeds", "testset",
+                                                   "items")}  # fmt: skip
     about = record.provenance(str(lab.system), lab.manifest)
     seconds = round(sum(arm["seconds"] for arm in results["arms"].values()))
     record.write_json(folder / "run.json", {"settings": settings, "training_seconds": seconds, **about})

@@ -95,7 +95,7 @@ class Lab:
     system: Path
     manifest: Path
     home: Path
-    tokens: int = 320_000
+    tokens: int = 256_000
     pretraining: int = 2_400_000
     frames: int = 2500
     lr: float = 1e-3
@@ -410,9 +410,11 @@ def _stage1(
     scores = fit(gen.Stage1Training(model), feed_of(lab, arm, given, settings), settings, run, budget=budget, say=say)
     if not scores["finished"]:
         return None
-    measured = {task: held_out(model, source) for task, source in sources(lab, arm, "validation").items()}
+    measured = {
+        task: held_out(model, source, lab.precision) for task, source in sources(lab, arm, "validation").items()
+    }
     if arm.task == "tts":  # most utterances are human: an arm that learned from clean ones alone is judged on such
-        alone = held_out(model, sources(lab, arm, "validation", clean=True)["tts"])
+        alone = held_out(model, sources(lab, arm, "validation", clean=True)["tts"], lab.precision)
         measured["tts"] |= {f"{name}_clean": values for name, values in alone.items()}
     if arm.task == "stage1":
         save_part(place / "stage1", model, lab.sizes.stage1, dtype=torch.float32)
@@ -458,8 +460,8 @@ def nats(model: Stage1, batch: dict[str, Any], hidden: Tensor, t: Tensor, told: 
 
 
 @torch.no_grad()
-def held_out(model: Stage1, source: Any) -> dict[str, list[float]]:
-    """Of each held-out utterance, in the order of the source: cross-entropy in nats a token.
+def held_out(model: Stage1, source: Any, precision: str = "32-true") -> dict[str, list[float]]:
+    """Of each held-out utterance, in the order of the source: cross-entropy in nats a token; in ``precision``.
 
     ``told``: everything after the prompt hidden, with the condition; ``untold``: without it; ``random``: under random
     masks, with the condition.  The prompt is the example's own; of text-to-speech and pre-training, the first quarter.
@@ -468,14 +470,17 @@ def held_out(model: Stage1, source: Any) -> dict[str, list[float]]:
     found: dict[str, np.ndarray] = {name: np.zeros(len(source.lengths)) for name in ("told", "untold", "random")}
     objective: Objective = gen.Stage1Training(model).eval()
     device = next(objective.parameters()).device
+    half = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
     for some in data.pack(items[np.argsort(source.lengths[items], kind="stable")], source.lengths, 4000):
         for epoch in range(DRAWS):
             made = source.batch(some, epoch=epoch, step=0)
             batch = gen.encode({k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}, None)
-            found["random"][some] += nats(model, batch, batch["hidden"], batch["t"]).cpu().numpy() / DRAWS
+            with half():
+                found["random"][some] += nats(model, batch, batch["hidden"], batch["t"]).cpu().numpy() / DRAWS
         start = batch["prompt"] if "condition" in batch else (batch["lengths"] * QUARTER).long()
         later = torch.arange(batch["tokens"].shape[1], device=device)[None] >= start[:, None]
         ones, hidden = torch.ones_like(batch["t"]), gen.exists(batch) & later
         for name in ("told", "untold"):
-            found[name][some] = nats(model, batch, hidden, ones, name == "told").cpu().numpy()
+            with half():
+                found[name][some] = nats(model, batch, hidden, ones, name == "told").cpu().numpy()
     return {name: [round(float(x), 5) for x in values[items]] for name, values in found.items()}

@@ -438,6 +438,18 @@ def test_the_figure_and_what_notebooks_show(lab, tmp_path):
     assert len(shown.missing) == 9 and set(shown.arms["condition"]) == {"told"}
     assert shown.arms["nats"].max() == pytest.approx(4.75)
     assert len(table.design("20", lab)) == 10
+    page = table.markdown([row, row | {"verdict": "fails"}])
+    assert page.startswith("Of 2 claims: 1 holds, 1 fails, 0 undecided.") and page.count("| holds |") == 1
+    assert f"| {row['claim']} | +0.120 nats (+0.070 to +0.170) |" in page and f"](../{row['notebook']})" in page
+
+
+def test_the_committed_table_is_whole_and_its_page_shows_it():
+    rows = record.read_json(table.FOLDER / "claims.json")
+    table.check(rows, Lab.of())
+    assert table.markdown(rows) in (record.ROOT / "docs" / "claims.md").read_text()
+    assert {row["seeds"] for row in rows} == {3}
+    run = record.read_json(table.FOLDER / "run.json")
+    assert run["settings"]["tokens"] == Lab.of().tokens and not run["dirty"]
 
 
 # ---------------------------------------------------------------- probes

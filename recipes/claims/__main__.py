@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import record
+from metis_lib.evaluation import record, report
 from recipes.claims import queue, table
 from recipes.claims.arms import SCALES, Lab
 
@@ -38,6 +38,8 @@ def main() -> int:
             print(f"left: {len(left)}" if left else "everything is measured")
         elif command == "table":
             rows = table.export_part(lab, out, only) if only else table.export(lab, out)
+            if not only and out == table.FOLDER:
+                report.fill_readme(record.ROOT / "docs" / "claims.md", table.markdown(rows))
             print("\n".join(f"{row['verdict']:9} {row['effect']:+.4f} {row['ci95']} {row['claim']}" for row in rows))
         elif command == "check":
             table.check(record.read_json(out / "claims.json") or [], lab)

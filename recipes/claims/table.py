@@ -217,6 +217,20 @@ def check(rows: Sequence[dict[str, Any]], lab: Lab) -> None:
 # ---------------------------------------------------------------- for people
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The table for a page: claim, effect with its interval, verdict, notebook; and how many hold."""
+    units = {"nats a token": "nats", "word error rate": "WER", "share of speakers named": "share named",
+             "confidence of the recogniser": "confidence", "phone error rate": "PER"}  # fmt: skip
+    lines = ["| claim | effect (positive: as claimed) | verdict | |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = (f"{x:+.3f}" for x in row["ci95"])
+        effect = f"{row['effect']:+.3f} {units.get(row['unit'], row['unit'])} ({low} to {high})"
+        book = Path(row["notebook"])
+        lines.append(f"| {row['claim']} | {effect} | {row['verdict']} | [{book.stem[:2]}](../{book}) |")
+    counts = [f"{sum(row['verdict'] == v for row in rows)} {v}" for v in VERDICTS]
+    return "\n".join([f"Of {len(rows)} claims: {', '.join(counts)}.", "", *lines])
+
+
 def forest(rows: Sequence[dict[str, Any]]) -> Figure:
     """All effects with their intervals: one panel a unit, positive speaks for the claim."""
     import matplotlib.pyplot as plt

@@ -439,7 +439,7 @@ def test_the_figure_and_what_notebooks_show(lab, tmp_path):
     assert shown.arms["nats"].max() == pytest.approx(4.75)
     assert len(table.design("20", lab)) == 10
     page = table.markdown([row, row | {"verdict": "fails"}])
-    assert page.startswith("Of 2 claims: 1 holds, 1 fails, 0 undecided.") and page.count("| holds |") == 1
+    assert page.startswith("Claims that hold: 1; that fail: 1; undecided: 0.") and page.count("| holds |") == 1
     assert f"| {row['claim']} | +0.120 nats (+0.070 to +0.170) |" in page and f"](../{row['notebook']})" in page
 
 

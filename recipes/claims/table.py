@@ -227,8 +227,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         effect = f"{row['effect']:+.3f} {units.get(row['unit'], row['unit'])} ({low} to {high})"
         book = Path(row["notebook"])
         lines.append(f"| {row['claim']} | {effect} | {row['verdict']} | [{book.stem[:2]}](../{book}) |")
-    counts = [f"{sum(row['verdict'] == v for row in rows)} {v}" for v in VERDICTS]
-    return "\n".join([f"Of {len(rows)} claims: {', '.join(counts)}.", "", *lines])
+    holds, fails, rest = (sum(row["verdict"] == v for row in rows) for v in VERDICTS)
+    return "\n".join([f"Claims that hold: {holds}; that fail: {fails}; undecided: {rest}.", "", *lines])
 
 
 def forest(rows: Sequence[dict[str, Any]]) -> Figure:

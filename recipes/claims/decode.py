@@ -33,7 +33,7 @@ TOGETHER = 12
 """Items that are made together."""
 STEPS = (1, 10, 25, 50)
 RIVALS = ("cosine", "linear", "square")
-"""Schedules: the published one, a straight line and one that is steeper at first."""
+"""Schedules: the published one, a straight line, and the square (of progress, from 1), which runs near the first."""
 ONE = {"candidates": 1}
 """One draw: the system's choice among several would hide what the draws are."""
 

@@ -440,6 +440,8 @@ def test_the_figure_and_what_notebooks_show(lab, tmp_path):
     assert len(table.design("20", lab)) == 10
     page = table.markdown([row, row | {"verdict": "fails"}])
     assert page.startswith("Claims that hold: 1; that fail: 1; undecided: 0.") and page.count("| holds |") == 1
+    many = row | {"claim": "With 10 h of data.", "hours_at_hand": [6.0005, 2.11]}
+    assert "| With 10 h of data. At hand: 2.1 h. |" in table.markdown([many])
     assert f"| {row['claim']} | +0.120 nats (+0.070 to +0.170) |" in page and f"](../{row['notebook']})" in page
 
 

@@ -1,7 +1,8 @@
 """The claims: what is said, by whom, what is compared, and what counts as *holds* and *fails*.
 
-All of it was written down before anything was measured.  An effect is oriented so that a positive one speaks for the
-claim: ``a - b`` of the two sides, in the unit of the row.
+Verdict rules and margins were written down before anything was measured; what was changed later, and after what had been
+seen, stands in docs/claims.md.  An effect is oriented so that a positive one speaks for
+the claim: ``a - b`` of the two sides, in the unit of the row.
 """
 
 from __future__ import annotations

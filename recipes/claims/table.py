@@ -165,7 +165,13 @@ def rows_of(lab: Lab, results: Results, *, only: str = "") -> list[dict[str, Any
     lacking = list(dict.fromkeys(name for claim in chosen for name in missing(claim, results, lab.seeds)))
     if lacking:
         raise MetisError(f"{len(lacking)} measurements are missing: {', '.join(lacking)}")
-    return [row_of(claim, effect_of(claim, results, lab.seeds)) for claim in chosen]
+    return [row_of(claim, effect_of(claim, results, lab.seeds)) | at_hand(claim, results) for claim in chosen]
+
+
+def at_hand(claim: Claim, results: Results) -> dict[str, Any]:
+    """Hours of recordings that the two sides of a training really had: fewer than their name where fewer are prepared."""
+    found = [results["arms"][arm.id].get("hours_used", {}).get(claim.task) for arm in claim.arms]
+    return {"hours_at_hand": [round(hours, 2) for hours in found]} if found and None not in found else {}
 
 
 def export(lab: Lab, folder: str | Path = FOLDER) -> list[dict[str, Any]]:
@@ -225,8 +231,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         low, high = (f"{x:+.3f}" for x in row["ci95"])
         effect = f"{row['effect']:+.3f} {units.get(row['unit'], row['unit'])} ({low} to {high})"
-        book = Path(row["notebook"])
-        lines.append(f"| {row['claim']} | {effect} | {row['verdict']} | [{book.stem[:2]}](../{book}) |")
+        book, hours = Path(row["notebook"]), row.get("hours_at_hand", [])
+        less = f" At hand: {min(hours):.1f} h." if "10 h" in row["claim"] and min(hours, default=10) < 9.5 else ""
+        lines.append(f"| {row['claim']}{less} | {effect} | {row['verdict']} | [{book.stem[:2]}](../{book}) |")
     holds, fails, rest = (sum(row["verdict"] == v for row in rows) for v in VERDICTS)
     return "\n".join([f"Claims that hold: {holds}; that fail: {fails}; undecided: {rest}.", "", *lines])
 

@@ -1,7 +1,7 @@
 """The claims: what is said, by whom, what is compared, and what counts as *holds* and *fails*.
 
-Verdict rules and margins were written down before anything was measured; what was changed later, and after what had been
-seen, stands in docs/claims.md.  An effect is oriented so that a positive one speaks for
+Verdict rules and margins were written down before anything was measured; what was changed later, and after what had
+been seen, stands in docs/claims.md.  An effect is oriented so that a positive one speaks for
 the claim: ``a - b`` of the two sides, in the unit of the row.
 """
 

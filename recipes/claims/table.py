@@ -169,7 +169,7 @@ def rows_of(lab: Lab, results: Results, *, only: str = "") -> list[dict[str, Any
 
 
 def at_hand(claim: Claim, results: Results) -> dict[str, Any]:
-    """Hours of recordings that the two sides of a training really had: fewer than their name where fewer are prepared."""
+    """Hours of recordings that the two sides really had: fewer than their name says where fewer are prepared."""
     found = [results["arms"][arm.id].get("hours_used", {}).get(claim.task) for arm in claim.arms]
     return {"hours_at_hand": [round(hours, 2) for hours in found]} if found and None not in found else {}
 

@@ -392,7 +392,7 @@ def test_full(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     if path.parent.name == "eval":
         given |= {"checkpoint": "debug", "limit": 2}
     if path.stem == "report":
-        shutil.copytree(ROOT / "results" / "first-light", tmp_path / "out")
+        shutil.copytree(ROOT / "results" / "nano" / "human", tmp_path / "out")
     known, executed = inspect_notebook(str(path)), tmp_path / "executed.ipynb"
     given = {name: value for name, value in given.items() if name in known}
     assert run_notebook(path, executed, given, tmp_path / "log") is None

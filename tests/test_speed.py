@@ -155,6 +155,24 @@ def test_position_bias_is_gathered_to_the_same():
     torch.testing.assert_close(got[1, :97], wanted[1, :97], atol=1e-4, rtol=0)
 
 
+def test_the_gathered_bias_learns_as_the_library_does():
+    torch.manual_seed(0)
+    encoder = SSLEncoder(replace(preset("debug").ssl, num_layers=3, output_layer=3)).train()
+    features, lengths = torch.randn(2, 150, 160), torch.tensor([150, 97])
+
+    def gradients():
+        encoder.zero_grad()
+        encoder(features, lengths)[0].square().mean().backward()
+        return {key: p.grad.clone() for key, p in encoder.named_parameters() if p.grad is not None}
+
+    got = gradients()
+    with as_released():
+        wanted = gradients()
+    assert got.keys() == wanted.keys() and any("distance_embedding" in key for key in got)
+    for key, value in wanted.items():
+        torch.testing.assert_close(got[key], value, atol=1e-5, rtol=1e-3)
+
+
 def test_frozen_weights_are_computed_once_and_are_the_same():
     torch.manual_seed(0)
     conv, x = WNConv1d(3, 4, 5), torch.randn(1, 3, 20)

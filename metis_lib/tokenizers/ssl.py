@@ -131,20 +131,18 @@ def _quicker() -> tuple[type, type]:
     )
 
     class RelativeAttention(Wav2Vec2BertSelfAttention):
-        """The attention of w2v-BERT 2.0; for inference its position bias is gathered.
+        """The attention of w2v-BERT 2.0, its position bias gathered.
 
         The bias of a pair of frames depends on the query and on their distance, clipped to 73 values: ``q E^T`` has 73
         columns, of which each pair takes one.  The library's way makes an embedding for each pair, ``T^2 D`` numbers.
         """
 
         def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **more: Any) -> Any:
-            if torch.is_grad_enabled() and (hidden_states.requires_grad or self.training):
-                return super().forward(hidden_states, attention_mask, *args, **more)
             batch, frames, _ = hidden_states.shape
             split = (batch, frames, self.num_heads, self.head_size)
             nets = (self.linear_q, self.linear_k, self.linear_v)
             q, k, v = (net(hidden_states).view(split).transpose(1, 2) for net in nets)
-            scores = torch.matmul(q, self.distance_embedding.weight.t()) * self.scaling
+            scores = torch.matmul(q, self.distance_embedding.weight.to(q.dtype).t()) * self.scaling
             place = torch.arange(frames, device=q.device)
             low, high = self.left_max_position_embeddings, self.right_max_position_embeddings
             distance = (place[None] - place[:, None]).clamp(-low, high) + low
@@ -152,18 +150,20 @@ def _quicker() -> tuple[type, type]:
             if attention_mask is not None:
                 there = attention_mask.dtype == torch.bool
                 bias = bias.masked_fill(~attention_mask, -torch.inf) if there else bias + attention_mask
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scaling)
+            if bias.requires_grad:  # no fused kernel has the gradient of a bias
+                weights = (torch.matmul(q * self.scaling, k.transpose(-1, -2)) + bias).softmax(-1)
+                out = torch.matmul(weights.to(v.dtype), v)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=self.scaling)
             return self.linear_out(out.transpose(1, 2).reshape(batch, frames, -1)), None
 
     class Convolution(Wav2Vec2BertConvolutionModule):
-        """The causal convolution of w2v-BERT 2.0; for inference its pointwise convolutions are the products they are.
+        """The causal convolution of w2v-BERT 2.0; its pointwise convolutions are the products they are.
 
         Channels stay last, but for the depthwise convolution.
         """
 
         def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            if torch.is_grad_enabled() and (hidden_states.requires_grad or self.training):
-                return super().forward(hidden_states, attention_mask)
             x = self.layer_norm(hidden_states)
             if attention_mask is not None:
                 x = x.masked_fill(~attention_mask.bool()[..., None], 0.0)

@@ -18,7 +18,7 @@ from typing import Any
 from metis_lib.assets import metis_home
 from metis_lib.checkpoints import SHIPPED
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import record, runner
+from metis_lib.evaluation import record, report, runner
 from metis_lib.evaluation.systems import OMNI, TOLD
 from metis_lib.training import queue
 from metis_lib.training.loop import seconds_of
@@ -30,6 +30,7 @@ LIMIT = 40e6
 """Bytes that all weights in the repository may have."""
 SETS = {"human": ("codec", "se", "tts", "vc", "tse", "l2s", "omni"),
         "unseen": ("codec", "se", "tts", "vc", "tse", "l2s", "omni"), "seen": ("tts",)}  # fmt: skip
+PAGE = {"unseen": "Voices that it never heard", "seen": "Voices that it was trained on, other sentences"}
 Say = Callable[[str], None]
 
 
@@ -66,8 +67,8 @@ def results(
     sets: dict[str, tuple[str, ...]] | None = None, runs: Path = record.ROOT / "results" / "evaluation",
     say: Say = print, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate every task on every test set: ``summary.json`` and ``run.json`` in ``out``; a page of each set beside
-    the audio in ``runs``.
+    """Evaluate every task on every test set: ``summary.json`` and ``run.json`` in ``out``, all utterances of the human
+    set in ``out/human``; a page of each set beside the audio in ``runs``.
 
     Returns:
         ``{test set: {task: {system: {metric: score}}}}``.
@@ -84,7 +85,33 @@ def results(
         about[name] = json.loads((folder / "run.json").read_text())
         record.write_json(out / "summary.json", summaries)
         record.write_json(out / "run.json", about)
+        if name == "human":
+            keep(folder, out / name)
     return summaries
+
+
+def write_page(out: Path = record.ROOT / "results" / "nano") -> Path:
+    """The tables of the synthetic test sets, from ``summary.json`` and ``run.json`` in ``out``, between the markers of
+    the ``README.md`` above it; the human one stands in the repository's README (``metis evaluate --update-readme``).
+    """
+    summaries, about = (json.loads((out / name).read_text()) for name in ("summary.json", "run.json"))
+    parts = [
+        f"### {title} (`{name}`)\n\n"
+        + report.readme_results({k: v for k, v in summaries[name].items() if k != "omni"}, about[name])
+        for name, title in PAGE.items() if name in summaries
+    ]  # fmt: skip
+    return report.fill_readme(out.parent / "README.md", "\n\n".join(parts))
+
+
+def keep(run: Path, out: Path) -> None:
+    """A run without its audio: summary, provenance, and one line an utterance, as the notebooks read them."""
+    shutil.rmtree(out, ignore_errors=True)
+    for file in run.glob("*/*/utterances.jsonl"):
+        place = out / file.parent.parent.name / f"{file.parent.name}.jsonl"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, place)
+    for name in ("run.json", "summary.json"):
+        shutil.copyfile(run / name, out / name)
 
 
 def omni_of(folder: Path) -> dict[str, Any]:
@@ -132,5 +159,8 @@ if __name__ == "__main__":
         print(ship(queue.home(queue.read(QUEUE))))
     elif sys.argv[1:] == ["results"]:
         results()
+        write_page()
+    elif sys.argv[1:] == ["page"]:
+        write_page()
     else:
         build(budget=sys.argv[1] if sys.argv[1:] else None)

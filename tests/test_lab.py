@@ -394,7 +394,7 @@ def test_metis_lab_opens_a_notebook_by_its_number(monkeypatch: pytest.MonkeyPatc
     [
         ("13_laboratory", {"model": "debug"}, 3, {"output.flac", "saved.ipynb"}),
         ("14_token_explorer", {"model": "debug"}, 11, {"tokens.flac", "changed.flac", "resounded.flac"}),
-        ("15_evaluation_browser", {"runs": ["results/nano/human"], "many": 1}, 4, {"cmu-something.flac"}),
+        ("15_evaluation_browser", {"runs": ["results/nano/human"], "many": 1}, 5, {"cmu-something.flac"}),
     ],
 )
 def test_papermill_gives_plain_outputs(

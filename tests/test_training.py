@@ -1,5 +1,6 @@
 """Training: plans and batches, losses by hand, overfitting, resuming after kills, several processes, the queue."""
 
+import copy
 import itertools
 import json
 import os
@@ -1164,6 +1165,38 @@ def test_results_of_several_test_sets_are_one_document(tmp_path):
     kept = paper.read_run(tmp_path / "out/human")  # with every utterance, without audio
     assert [len(report.read_rows(kept.folder, "codec", system)) for system in kept.summary["codec"]] == [1, 1, 1]
     assert not list(kept.folder.rglob("*.flac"))
+
+
+@pytest.mark.evaluation
+def test_the_pages_show_the_committed_scores(tmp_path):
+    from recipes.nano import bars, build
+
+    results = Path(__file__).parent.parent / "results"
+    shutil.copytree(results / "nano", tmp_path / "nano")
+    shutil.copy(results / "README.md", tmp_path)
+    assert build.write_page(tmp_path / "nano").read_text() == (results / "README.md").read_text()
+    summary, about = (json.loads((results / "nano" / name).read_text()) for name in ("summary.json", "run.json"))
+    human = report.readme_results(
+        {task: rows for task, rows in summary["human"].items() if task != "omni"}, about["human"]
+    )
+    assert human in (results.parent / "README.md").read_text()
+    kept = paper.read_run(results / "nano" / "human")
+    for task, rows in kept.summary.items():
+        assert summary["human"][task] == rows
+        for system in rows:
+            assert len(report.read_rows(kept.folder, task, system)) == rows[system]["wer"]["n"]
+    # bars are computed from the scores, and a better score meets more of them
+    assert {name for name, tasks in build.SETS.items() if set(tasks) <= set(summary[name])} == {
+        "human",
+        "unseen",
+        "seen",
+    }
+    better = copy.deepcopy(summary["human"])
+    for task in ("tts", "vc", "se", "tse", "l2s"):
+        for metric in ("wer", "wer_10db"):
+            better[task]["nano"].get(metric, {})["mean"] = 0.0
+    before, after = (sum(met for *_, met in bars.bars(rows, True)) for rows in (summary["human"], better))
+    assert before < after
 
 
 def test_omnis_scores_by_task(tmp_path):

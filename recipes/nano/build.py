@@ -23,7 +23,7 @@ from metis_lib.evaluation.systems import OMNI, TOLD
 from metis_lib.training import queue
 from metis_lib.training.loop import seconds_of
 from metis_lib.training.recipes import BUILD, FOLDERS
-from recipes.nano import corpus, testsets
+from recipes.nano import bars, corpus, testsets
 
 QUEUE = Path(__file__).with_name("queue.json")
 LIMIT = 40e6
@@ -91,8 +91,10 @@ def results(
 
 
 def write_page(out: Path = record.ROOT / "results" / "nano") -> Path:
-    """The tables of the synthetic test sets, from ``summary.json`` and ``run.json`` in ``out``, between the markers of
-    the ``README.md`` above it; the human one stands in the repository's README (``metis evaluate --update-readme``).
+    """What was asked of nano (:mod:`recipes.nano.bars`) and the tables of the synthetic test sets.
+
+    They come from ``summary.json`` and ``run.json`` in ``out`` and go between the markers of the ``README.md`` above;
+    the table of the human set stands in the repository's README (``metis evaluate --update-readme``).
     """
     summaries, about = (json.loads((out / name).read_text()) for name in ("summary.json", "run.json"))
     parts = [
@@ -100,6 +102,7 @@ def write_page(out: Path = record.ROOT / "results" / "nano") -> Path:
         + report.readme_results({k: v for k, v in summaries[name].items() if k != "omni"}, about[name])
         for name, title in PAGE.items() if name in summaries
     ]  # fmt: skip
+    parts.insert(0, f"### What was asked\n\n{bars.table(summaries)}")
     return report.fill_readme(out.parent / "README.md", "\n\n".join(parts))
 
 

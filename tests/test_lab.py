@@ -352,7 +352,8 @@ def test_the_browser_says_what_was_made_anew_or_is_missing(run: Path) -> None:
 
 
 def test_the_browser_opens_the_committed_runs() -> None:
-    folders = [path.parent for path in ROOT.glob("results/*/summary.json") if (path.parent / "run.json").is_file()]
+    found = [path for way in ("*", "nano/*") for path in ROOT.glob(f"results/{way}/summary.json")]
+    folders = [path.parent for path in found if (path.parent / "run.json").is_file()]
     runs = [
         folder for folder in folders if set(json.loads((folder / "summary.json").read_text())) <= set(metrics.TASKS)
     ]
@@ -364,7 +365,7 @@ def test_the_browser_opens_the_committed_runs() -> None:
         browser = lab.EvaluationBrowser(folder)
         for _, task in browser.task.options:
             browser.task.value = task
-            assert browser.status.value == "" and len(browser.list.options) >= 12 and "scores" in browser.page.value
+            assert browser.status.value == "" and len(browser.list.options) >= 6 and "scores" in browser.page.value
 
 
 # ---------------------------------------------------------------- metis lab

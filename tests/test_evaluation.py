@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -169,6 +170,23 @@ def test_ecapa_tells_speakers_apart() -> None:
     assert metrics.cosine(target, same) > metrics.cosine(target, different) + 0.1
     with pytest.raises(MetricFailure, match=r"0\.25 s"):
         judge(voice(0.1))
+
+
+def test_words_do_not_depend_on_the_number_of_cores() -> None:
+    """The last bit of a product by several BLAS threads changes what is heard in unclear speech."""
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    seen: list[int] = []
+
+    def transcribe(wav: Any, **options: Any) -> Any:
+        seen.extend(found["num_threads"] for found in threadpool_info() if found["user_api"] == "blas")
+        return [], None
+
+    judge = judges.WhisperJudge("cpu")
+    judge.batched, judge.model = False, SimpleNamespace(transcribe=transcribe)
+    with threadpool_limits(2, "blas"):
+        judge.many([np.full(16_000, 0.1, np.float32)] * 2)
+    assert seen and set(seen) == {1}
 
 
 def test_whisper_hears_human_speech_and_lets_go() -> None:
@@ -543,6 +561,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
 KILLED = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from metis_lib.evaluation import runner, scoring, systems
 from metis_lib import bulk
 

@@ -142,6 +142,9 @@ class WhisperJudge(Judge):
 
     On a CPU every core hears a clip of its own, which is faster than many cores on one clip or batches (the encoder
     computes 30 s whatever the clip's length); on a GPU clips go in batches.  The transcripts are the same.
+
+    Its mel filters are a product by numpy, whose last bit depends on the number of BLAS threads, and on that bit eight
+    of twelve transcripts of unclear speech.  So there is one thread.
     """
 
     protocol = METRICS["wer"]
@@ -173,10 +176,13 @@ class WhisperJudge(Judge):
         return " ".join(segment.text.strip() for segment in segments).strip()
 
     def judge_many(self, wavs_16k: Sequence[Wave]) -> list[str]:
-        if self.batched:
-            return self.judge_batch(wavs_16k)
-        with ThreadPoolExecutor(self.workers) as pool:
-            return list(pool.map(self.judge, wavs_16k))
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1, "blas"):
+            if self.batched:
+                return self.judge_batch(wavs_16k)
+            with ThreadPoolExecutor(self.workers) as pool:
+                return list(pool.map(self.judge, wavs_16k))
 
     def judge_batch(self, wavs_16k: Sequence[Wave]) -> list[str]:
         """One batch: the clips in a row, cut where each ends; what is likely no speech is left out as in ``judge``."""

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +43,7 @@ def style() -> None:
         matplotlib.use("agg")
     seaborn.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=0.8)
     matplotlib.rcParams.update({"figure.constrained_layout.use": True, "figure.dpi": 80, "axes.titlesize": 9})
+    warnings.filterwarnings("ignore", "The figure layout has changed to tight")  # seaborn's grids lay themselves out
 
 
 def progress(items: Sequence[T], label: str) -> Iterator[T]:

@@ -561,7 +561,6 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: Any) -> 
 KILLED = """
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from metis_lib.evaluation import runner, scoring, systems
 from metis_lib import bulk
 

@@ -87,6 +87,8 @@ def results(
         record.write_json(out / "run.json", about)
         if name == "human":
             keep(folder, out / name)
+    if sets is None and (out.parent / "README.md").is_file():
+        write_page(out)
     return summaries
 
 
@@ -162,7 +164,6 @@ if __name__ == "__main__":
         print(ship(queue.home(queue.read(QUEUE))))
     elif sys.argv[1:] == ["results"]:
         results()
-        write_page()
     elif sys.argv[1:] == ["page"]:
         write_page()
     else:

@@ -1195,8 +1195,11 @@ def test_the_pages_show_the_committed_scores(tmp_path):
     for task in ("tts", "vc", "se", "tse", "l2s"):
         for metric in ("wer", "wer_10db"):
             better[task]["nano"].get(metric, {})["mean"] = 0.0
-    before, after = (sum(met for *_, met in bars.bars(rows, True)) for rows in (summary["human"], better))
-    assert before < after
+    before, after = ({what: met for what, _, _, met in bars.bars(rows, True)} for rows in (summary["human"], better))
+    changed = {what: (before[what], after[what]) for what in before if before[what] != after[what]}
+    for what in ("SE, WER at 10 dB and more", "TSE, WER", "VC, WER", "L2S, WER"):
+        assert changed[what] == (False, True)
+    assert changed["Omni, WER of TSE"] == changed["Omni, WER of TSE that is told the words"] == (True, False)
 
 
 def test_omnis_scores_by_task(tmp_path):

@@ -58,14 +58,21 @@ def live() -> bool:
 
 
 def as_code(metis: Metis, task: str, item: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """The cell that makes a sound again: :meth:`Metis.generate` of one ``item`` with ``options``, as Python."""
+    """The cell that makes a sound again: :meth:`Metis.generate` of one ``item`` with ``options``, as Python.
+
+    Files of the repository are named from its ``ROOT``, so that the cell works in another checkout.
+    """
     first, dtype = SOURCES[task][0][0], str(getattr(metis.store, "dtype", torch.float32)).removeprefix("torch.")
-    given = [repr(item[first]), *(f"{key}={value!r}" for key, value in {**item, **options}.items() if key != first)]
+    shown = {key: repr(value) for key, value in {**item, **options}.items()}
+    for key in [key for key in PLACES if key in item and Path(item[key]).is_relative_to(record.ROOT)]:
+        shown[key] = f"ROOT / {Path(item[key]).relative_to(record.ROOT).as_posix()!r}"
+    root = "from metis_lib.evaluation.record import ROOT\n" * any(x.startswith("ROOT") for x in shown.values())
+    given = [shown[first], *(f"{key}={value}" for key, value in shown.items() if key != first)]
     system = {"device": str(metis.device), "dtype": dtype, "compat": metis.compat}
     loaded = "".join(f", {key}={value!r}" for key, value in system.items() if value not in (None, "float32"))
     call = "".join(f"    {line},\n" for line in given)
     return (
-        "from metis_lib import Metis\n\n"
+        f"from metis_lib import Metis\n{root}\n"
         f"metis = Metis.from_pretrained({metis.name!r}{loaded})\nspeech = metis.{CALLS[task]}(\n{call})\nspeech"
     )
 

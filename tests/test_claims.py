@@ -228,10 +228,13 @@ def test_what_a_study_depends_on_is_in_its_key(lab, tmp_path, monkeypatch):
     def changed():
         return {name for name, key in before.items() if decode.key_of(mine, name) != key}
 
-    defaults, decoded = lab.system / "decode.json", set(table.TRAINED)
+    defaults = lab.system / "decode.json"
     defaults.write_text('{"tts": {"cfg": 1.0}}')
-    assert changed() == set(before) - decoded
+    assert changed() == set(before)
     defaults.unlink()
+    (other := tmp_path / "other.jsonl").write_text(lab.manifest.read_text() + "\n")
+    probed = decode.key_of(replace(mine, manifest=other), "ssl-layers")
+    assert probed != before["ssl-layers"]
     assert changed() == set()
     with monkeypatch.context() as patched:
         patched.setattr(decode, "code", lambda *names: str(names))
@@ -253,6 +256,7 @@ def test_an_arm_is_decoded_by_the_rest_of_the_system_as_it_is_now(lab, tmp_path,
     for part in ("tasks/se", "stage2_full"):
         (system / part).mkdir(parents=True)
         (system / part / "config.json").write_text("of the arm, or old")
+    (system / "decode.json").write_text("old")
     monkeypatch.setattr(decode, "result_of", lambda lab, arm: {})
     monkeypatch.setattr(decode, "Metis", SimpleNamespace(
         from_pretrained=lambda folder: loaded.append(folder) or SimpleNamespace(tasks=("se",))
@@ -260,6 +264,7 @@ def test_an_arm_is_decoded_by_the_rest_of_the_system_as_it_is_now(lab, tmp_path,
     decode.maker(mine, "two-stages", "two stages", 0)
     assert loaded == [system] and (system / "tasks/se/config.json").read_text() == "of the arm, or old"
     assert (system / "stage2_full/config.json").samefile(lab.system / "stage2_full" / "config.json")
+    assert not (system / "decode.json").exists()  # the system has none
 
 
 # ---------------------------------------------------------------- the queue
@@ -279,7 +284,7 @@ def test_every_claim_has_its_first_seed_early_and_all_that_it_needs(lab):
             assert order.index(arm.id) < order.index(name)
     assert {work.notebooks for work in queue.plan(lab) if not work.notebooks} == set()
     assert "2 studies" in queue.sheet(lab, "schedule") and "3 studies" in queue.sheet(lab, "30")
-    with pytest.raises(MetisError, match="nothing to measure"):
+    with pytest.raises(MetisError, match="no measurement or claim begins"):
         queue.chosen(lab, "zzz")
 
 
@@ -393,7 +398,7 @@ def test_a_table_with_missing_rows_is_refused(lab, tmp_path):
     empty = {"arms": {}, "decode": {}}
     with pytest.raises(MetisError) as caught:
         table.rows_of(lab, empty)
-    assert "tts-none-full-0.001h-s2" in str(caught.value) and "two-stages" in str(caught.value)
+    assert "tts-none-full-0.001h-longer-s2" in str(caught.value) and "two-stages" in str(caught.value)
     with pytest.raises(MetisError, match="measurements are missing"):
         table.export(replace(lab, home=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -418,8 +423,61 @@ def test_the_claims_are_those_that_were_asked_for():
     assert all(bool(claim.arms) != bool(claim.study) and claim.source for claim in claims)
     assert isinstance(claims[0], Claim)
     texts = {claim.id: claim.claim for claim in claims}
-    assert "at most 1.4 h of it seen" in texts["pretraining-se-10"] and "seen" not in texts["pretraining-se-0.5"]
+    same = {claim.id: claim.claim for claim in all_claims(Lab.of("ablate", tokens=256_000))}
+    assert "at most 1.4 h of it seen" in same["pretraining-se-10"] and "seen" not in same["pretraining-se-0.5"]
+    assert "seen" not in texts["pretraining-tts-10"]
     assert all("earlier layer" in texts[f"ssl-layer-{what}"] for what in ("phones", "speakers"))
+
+
+def test_some_claims_compare_longer_arms_and_show_the_shorter_ones_beside():
+    lab = Lab.of("ablate")
+    claim = next(claim for claim in all_claims(lab) if claim.id == "pretraining-tts-10")
+    assert {arm.budget(lab) for arm in claim.arms} == {3_000_000} and {a.budget(lab) for a in claim.also} == {256_000}
+    assert claim.arms[0].id == "tts-none-full-10h-longer-s0"
+    plain = Lab.of("ablate", tokens=20_000)  # asked for: the length of all arms
+    budgets = {a.budget(plain) for c in all_claims(plain) for a in c.arms if a.task == "tts" and a.base == "system"}
+    assert budgets == {20_000}
+
+
+def test_a_part_takes_its_place_in_a_table_that_is_there(lab, tmp_path, monkeypatch):
+    """What only a claim outside the part needs stays as it was, and what nobody needs any more goes."""
+    claims = {claim.id: claim for claim in all_claims(lab)}
+    mine, other = claims["pretraining-se-0.001"], claims["lora-rank-se"]
+    monkeypatch.setattr(table.record, "provenance", lambda *_: {"commit": "new"})
+
+    def results(claim, gap):
+        made = {}
+        for seed in lab.seeds:
+            for arm, far in zip(claim.arms, (gap, 0.0), strict=True):
+                told = {"se": {"told": [4.0 + far + 0.001 * seed] * 4}}
+                id = replace(arm, seed=seed).id
+                made[id] = {"id": id, "tokens": 900, "key": "k", "seconds": 1.0, "skipped": 0, "held_out": told}
+        return {"arms": made, "decode": {}}
+
+    before, now = results(other, 0.2), results(mine, 0.5)
+    rows = [table.row_of(other, table.effect_of(other, before, lab.seeds)), {"id": mine.id, "effect": 9.0}]
+    gone = [{"id": "a-claim-of-the-past"}]
+    for name, value in (
+        ("claims", rows + gone), ("arms", [*before["arms"].values(), {"id": "an-arm-of-the-past"}]),
+        ("decode", {"alone": []}), ("run", {"commit": "old", "parts": {"28": {}}}),
+    ):  # fmt: skip
+        record.write_json(tmp_path / f"{name}.json", value)
+    more = {"arms": now["arms"] | {"stray": {"seconds": 1.0}}, "decode": {"stray": []}}
+    monkeypatch.setattr(table, "collect", lambda _: more)
+    out = table.export_part(lab, tmp_path, "pretraining-se-0.001")
+    assert [row["id"] for row in out] == [mine.id, other.id] and out[0]["effect"] == 0.5
+    assert record.read_json(tmp_path / "claims.json") == out
+    kept = {arm["id"] for arm in record.read_json(tmp_path / "arms.json")}
+    assert kept == set(before["arms"]) | set(now["arms"])
+    assert record.read_json(tmp_path / "decode.json") == {"alone": []}
+    run = record.read_json(tmp_path / "run.json")
+    assert run["commit"] == "old" and set(run["parts"]) == {"28", "pretraining-se-0.001"}
+    assert run["parts"]["pretraining-se-0.001"]["training_seconds"] == 6
+    alone = table.export_part(lab, tmp_path / "alone", "pretraining-se-0.001")
+    assert [row["id"] for row in alone] == [mine.id]
+    assert record.read_json(tmp_path / "alone" / "run.json")["commit"] == "new"
+    with pytest.raises(MetisError, match="no claim begins with 'nothing'"):
+        table.export_part(lab, tmp_path, "nothing")
 
 
 def test_the_figure_and_what_notebooks_show(lab, tmp_path):

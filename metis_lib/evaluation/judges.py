@@ -171,9 +171,15 @@ class WhisperJudge(Judge):
             "without_timestamps": True, "max_new_tokens": 160,
         }  # fmt: skip
 
+    def segments(self, wav_16k: Wave, **changes: Any) -> list[Any]:
+        """faster-whisper's segments of one clip, of all its length; ``changes`` to the options of the protocol."""
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1, "blas"):
+            return list(self.model.transcribe(np.ascontiguousarray(wav_16k), **self._options | changes)[0])
+
     def judge(self, wav_16k: Wave) -> str:
-        segments, _ = self.model.transcribe(np.ascontiguousarray(wav_16k[: 30 * JUDGE_RATE]), **self._options)
-        return " ".join(segment.text.strip() for segment in segments).strip()
+        return " ".join(segment.text.strip() for segment in self.segments(wav_16k[: 30 * JUDGE_RATE])).strip()
 
     def judge_many(self, wavs_16k: Sequence[Wave]) -> list[str]:
         from threadpoolctl import threadpool_limits

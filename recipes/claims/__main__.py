@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--budget", help="such as 100m; the arm at hand keeps a state")
     for name in ("system", "manifest", "home"):
         parser.add_argument(f"--{name}", type=Path)
-    for name in ("tokens", "pretraining", "frames", "held_out", "items"):
+    for name in ("tokens", "longer", "pretraining", "frames", "held_out", "items"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seeds", type=int, nargs="+")

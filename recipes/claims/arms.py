@@ -41,10 +41,10 @@ from metis_lib.training.prepared import Mixed
 
 SCALES: dict[str, dict[str, Any]] = {
     "ablate": {},
-    "paper": {"tokens": 500_000_000, "pretraining": 2_000_000_000, "frames": 10_000, "lr": 1e-4,
+    "paper": {"tokens": 500_000_000, "longer": 0, "pretraining": 2_000_000_000, "frames": 10_000, "lr": 1e-4,
               "pretraining_lr": 1e-4},
     "debug": {
-        "tokens": 900, "pretraining": 900, "frames": 300, "lr": 3e-3, "pretraining_lr": 3e-3, "precision": "32-true",
+        "tokens": 900, "longer": 1800, "pretraining": 900, "frames": 300, "lr": 3e-3, "pretraining_lr": 3e-3, "precision": "32-true",
         "held_out": 2, "hours": (0.001, 0.01),
     },
 }  # fmt: skip
@@ -83,6 +83,7 @@ class Lab:
         manifest: of the corpus.
         home: for results (``arms/``, ``decode/``), weights (``systems/``) and runs that were cut off.
         tokens: padded frames that an arm sees (Omni: as many for each of its tasks).
+        longer: those of an arm that is trained longer; at most ``tokens``: no arm is.
         pretraining: those of the pre-training arms.
         frames: padded frames a step.
         lr, pretraining_lr: peak learning rates; nothing is tuned for one side of a comparison.
@@ -96,6 +97,7 @@ class Lab:
     manifest: Path
     home: Path
     tokens: int = 256_000
+    longer: int = 3_000_000
     pretraining: int = 2_400_000
     frames: int = 2500
     lr: float = 1e-3
@@ -119,6 +121,7 @@ class Lab:
         folder = metis_home() / "runs" / ("claims" if scale == "ablate" else f"claims-{scale}")
         places = {"system": metis_home() / "runs" / "nano", "manifest": data.corpus() / "manifest.jsonl"}
         given = {key: value for key, value in changes.items() if value is not None}
+        given = {"longer": 0, **given} if "tokens" in given else given  # asked for a length: that of all arms
         lab = cls(**{**places, "home": folder, **SCALES[scale], **given})
         if min(lab.tokens, lab.pretraining) < lab.frames or lab.frames < 1 or not lab.seeds or lab.held_out < 1:
             raise MetisError("an arm needs at least one step, one seed and one held-out utterance")
@@ -165,6 +168,7 @@ class Arm:
         hours: of labelled data, at most.
         data: ``all`` recordings, or ``clean`` ones: synthetic speech, which says its text exactly.
         floor: least share of masked tokens in training.
+        longer: whether it sees the larger number of frames.
     """
 
     task: str
@@ -173,6 +177,7 @@ class Arm:
     hours: float = 10.0
     data: str = "all"
     floor: float = 0.0
+    longer: bool = False
     seed: int = 0
 
     @property
@@ -182,6 +187,7 @@ class Arm:
             return f"{self.base}-s{self.seed}"
         how = f"lora{self.rank}" if self.rank else "full"
         more = [self.data] * (self.data != "all") + [f"floor{self.floor:g}"] * (self.floor > 0)
+        more += ["longer"] * self.longer
         return "-".join([self.task, self.base, how, f"{self.hours:g}h", *more, f"s{self.seed}"])
 
     @property
@@ -205,7 +211,8 @@ class Arm:
         """Padded frames it sees (``direct``: each of its two nets, see :func:`direct_tokens`)."""
         if self.task == "stage1":
             return lab.pretraining
-        return lab.tokens * len(self.tasks) if self.task in TASKS else direct_tokens(lab)
+        tokens = lab.longer if self.longer else lab.tokens
+        return tokens * len(self.tasks) if self.task in TASKS else direct_tokens(lab)
 
 
 @functools.lru_cache

@@ -98,8 +98,9 @@ def key_of(lab: Lab, name: str) -> str:
     if study.task and not study.arms:
         parts += ["stage1", *{"alone": [], "text-tse": ["tasks/omni"]}.get(name, [f"tasks/{study.task}"])]
     made_by = [once(system_hash, lab.system / part) for part in parts]
-    defaults = lab.system / "decode.json"  # arms are decoded without
-    made_by += [record.sha256_file(defaults)] if defaults.is_file() and not study.arms else []
+    defaults = lab.system / "decode.json"
+    made_by += [record.sha256_file(defaults)] if defaults.is_file() else []
+    made_by += [] if study.task else [once(record.sha256_file, lab.manifest)]  # probes draw from the corpus
     made_by.append(code("models", "tokenizers", "tasks", "pipeline.py", "generation.py"))
     about = [name, study.task, study.variants, study.metrics, lab.seeds, lab.items, made_by, arms]
     return record.sha256_of([*about, once(_contents, testset_folder(lab.testset)) if study.task else probes.SETTINGS])
@@ -168,7 +169,9 @@ def maker(lab: Lab, name: str, variant: str, seed: int) -> Make:
         if result_of(lab, arm) is None or not system.is_dir():
             raise MetisError(f"{name} decodes {arm.id}, which is not trained yet")
         for part in system.iterdir():  # the system's may be new since then; what the arm has trained stays
-            if not part.name.startswith("stage2" if arm.task == "direct" else "tasks"):
+            if part.is_file():
+                part.unlink()
+            elif not part.name.startswith("stage2" if arm.task == "direct" else "tasks"):
                 shutil.rmtree(part)
         recipes.derive(lab.system, system)
     metis = Metis.from_pretrained(locate(system))
@@ -238,8 +241,7 @@ class VoiceAndWords:
 
     def _listen(self, wav_16k: np.ndarray) -> tuple[float, str]:
         """Geometric mean of the probabilities of the recogniser's own tokens (0 where it hears none), and the text."""
-        options = {**self.words._options, "no_speech_threshold": None}
-        segments = list(self.words.model.transcribe(np.ascontiguousarray(wav_16k), **options)[0])
+        segments = self.words.segments(wav_16k, no_speech_threshold=None)
         count = sum(len(segment.tokens) for segment in segments)
         text = " ".join(segment.text.strip() for segment in segments).strip()
         if not count or not text:

@@ -25,26 +25,27 @@ A_CLIP = 2.5
 
 @dataclass(frozen=True)
 class Work:
-    """An arm or a study."""
+    """An arm or a study, and the notebooks and claims that use it."""
 
     id: str
     arm: Arm | None
     tokens: int
     seconds: float
     notebooks: tuple[str, ...]
+    claims: tuple[str, ...]
 
 
 def plan(lab: Lab) -> list[Work]:
     """Everything in order: arms of the first seed, what the system itself decodes, other seeds, what arms decode."""
     claims, studies = all_claims(lab), decode.studies(lab)
-    uses: dict[str, list[str]] = {}
+    uses: dict[str, list[tuple[str, str]]] = {}
     for claim in claims:
         names = [*claim.study[:1]]
         decoded = studies[names[0]].arms if names else ()
         for seed in lab.seeds:
             names += [arm.id for arm in seeded((*claim.arms, *claim.also, *decoded), seed)]
         for name in names:
-            uses.setdefault(name, []).append(claim.notebook)
+            uses.setdefault(name, []).append((claim.notebook, claim.id))
     order: list[Work] = []
 
     def add(id: str, arm: Arm | None) -> None:
@@ -53,7 +54,8 @@ def plan(lab: Lab) -> list[Work]:
         nets = 2 if arm and arm.task == "direct" else 1
         tokens = arm.budget(lab) if arm else 0
         seconds = tokens / FRAMES_A_SECOND + OVERHEAD if arm else decode.clips_of(lab, studies[id]) * A_CLIP + 60
-        order.append(Work(id, arm, nets * tokens, seconds, tuple(dict.fromkeys(uses.get(id, ())))))
+        books, ids = (tuple(dict.fromkeys(use[k] for use in uses.get(id, ()))) for k in (0, 1))
+        order.append(Work(id, arm, nets * tokens, seconds, books, ids))
 
     for number, seed in enumerate(lab.seeds):
         for claim in claims:
@@ -67,10 +69,14 @@ def plan(lab: Lab) -> list[Work]:
 
 
 def chosen(lab: Lab, only: str = "") -> list[Work]:
-    """The measurements whose id begins with ``only``, or (a number) that a notebook needs; MetisError for none."""
-    found = [work for work in plan(lab) if not only or work.id.startswith(only) or only in work.notebooks]
+    """The measurements whose id begins with ``only``, or that a notebook (its number) or a claim (the beginning of its
+    id) needs; MetisError for none."""
+    found = [
+        work for work in plan(lab)
+        if only in ("", *work.notebooks) or any(name.startswith(only) for name in (work.id, *work.claims))
+    ]  # fmt: skip
     if not found:
-        raise MetisError(f"nothing to measure begins with {only!r}, and no notebook has that number")
+        raise MetisError(f"no measurement or claim begins with {only!r}, and no notebook has that number")
     return found
 
 

@@ -7,7 +7,7 @@ decodes: a bootstrap over utterances (or speakers), each averaged over its seeds
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, statistics
 from recipes.claims import decode
-from recipes.claims.arms import Arm, Lab, result_of
+from recipes.claims.arms import Lab, result_of
 from recipes.claims.claims import RIVAL, TITLES, Claim, all_claims, seeded, verdict
 
 if TYPE_CHECKING:
@@ -156,12 +156,14 @@ def row_of(claim: Claim, effect: Effect) -> dict[str, Any]:
 
 
 def rows_of(lab: Lab, results: Results, *, only: str = "") -> list[dict[str, Any]]:
-    """The rows of all claims, or of those of one notebook.
+    """The rows of all claims, or of those of one notebook (its number), or whose id begins so.
 
     Raises:
         MetisError: rows are missing; the message lists every arm and study that they lack.
     """
-    chosen = [claim for claim in all_claims(lab) if claim.notebook.startswith(only)]
+    chosen = [claim for claim in all_claims(lab) if claim.notebook == only or claim.id.startswith(only)]
+    if not chosen:
+        raise MetisError(f"no claim begins with {only!r}, and no notebook has that number")
     lacking = list(dict.fromkeys(name for claim in chosen for name in missing(claim, results, lab.seeds)))
     if lacking:
         raise MetisError(f"{len(lacking)} measurements are missing: {', '.join(lacking)}")
@@ -180,31 +182,57 @@ def export(lab: Lab, folder: str | Path = FOLDER) -> list[dict[str, Any]]:
     Raises:
         MetisError: as :func:`rows_of`; nothing is written then.
     """
-    folder, results = Path(folder), collect(lab)
-    rows = rows_of(lab, results)
-    return _write(lab, folder, results, rows)
-
-
-def export_part(lab: Lab, folder: str | Path, notebook: str) -> list[dict[str, Any]]:
-    """:func:`export` of one notebook's claims."""
     results = collect(lab)
-    return _write(lab, Path(folder), results, rows_of(lab, results, only=notebook))
+    rows = rows_of(lab, results)
+    _write(Path(folder), rows, results, _about(lab, results))
+    return rows
 
 
-def _write(lab: Lab, folder: Path, results: Results, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def export_part(lab: Lab, folder: str | Path, only: str) -> list[dict[str, Any]]:
+    """:func:`export` of some claims, chosen as by :func:`rows_of`; in the table that ``folder`` has they take the
+    place of what was measured of them before, and ``run.json`` tells of them under ``parts``."""
+    folder, results = Path(folder), collect(lab)
+    rows = rows_of(lab, results, only=only)
+    mine = used_by(lab, {row["id"] for row in rows})
+    results = {kind: {name: x for name, x in found.items() if name in mine} for kind, found in results.items()}
+    about = _about(lab, results)
+    old = {name: record.read_json(folder / f"{name}.json") for name in ("claims", "arms", "decode", "run")}
+    if old["run"]:
+        claims = all_claims(lab)
+        wanted, known = used_by(lab, {c.id for c in claims}), {row["id"]: row for row in (*old["claims"], *rows)}
+        rows = [known[claim.id] for claim in claims if claim.id in known]
+        kept = {arm["id"]: arm for arm in old["arms"] if arm["id"] in wanted}
+        results = {"arms": kept | results["arms"], "decode": old["decode"] | results["decode"]}
+        about = old["run"] | {"parts": old["run"].get("parts", {}) | {only: about}}
+    _write(folder, rows, results, about)
+    return rows
+
+
+def used_by(lab: Lab, ids: Collection[str]) -> set[str]:
+    """Names of the arms (of all seeds) and studies that these claims compare or show."""
+    claims, studies = [claim for claim in all_claims(lab) if claim.id in ids], decode.studies(lab)
+    names = {name for claim in claims for name in claim.study[:1]}
+    arms = [a for claim in claims for a in (*claim.arms, *claim.also)] + [a for n in names for a in studies[n].arms]
+    return names | {arm.id for seed in lab.seeds for arm in seeded(arms, seed)}
+
+
+def _about(lab: Lab, results: Results) -> dict[str, Any]:
+    """Settings and provenance of what was measured."""
+    settings = {key: getattr(lab, key) for key in ("tokens", "longer", "pretraining", "frames", "lr",
+                                                   "pretraining_lr", "precision", "hours", "held_out", "seeds",
+                                                   "testset", "items")}  # fmt: skip
+    seconds = round(sum(arm["seconds"] for arm in results["arms"].values()))
+    return {"settings": settings, "training_seconds": seconds, **record.provenance(str(lab.system), lab.manifest)}
+
+
+def _write(folder: Path, rows: list[dict[str, Any]], results: Results, about: Mapping[str, Any]) -> None:
     hidden = {"key", "seconds", "skipped"}
     arms = [{k: v for k, v in arm.items() if k not in hidden} for arm in results["arms"].values()]
     record.write_json(folder / "arms.json", arms)
     record.write_json(folder / "decode.json", results["decode"])
-    settings = {key: getattr(lab, key) for key in ("tokens", "pretraining", "frames", "lr", "pretraining_lr",
-                                                   "precision", "hours", "held_out", "seeds", "testset",
-                                                   "items")}  # fmt: skip
-    about = record.provenance(str(lab.system), lab.manifest)
-    seconds = round(sum(arm["seconds"] for arm in results["arms"].values()))
-    record.write_json(folder / "run.json", {"settings": settings, "training_seconds": seconds, **about})
+    record.write_json(folder / "run.json", about)
     record.write_json(folder / "claims.json", rows)
     forest(rows).savefig(folder / "claims.png", dpi=110)
-    return rows
 
 
 def check(rows: Sequence[dict[str, Any]], lab: Lab) -> None:
@@ -326,8 +354,3 @@ def design(notebook: str, lab: Lab | None = None) -> DataFrame:
         rows.append({"id": claim.id, "a": a, "minus b": b, "tokens": tokens, "smallest effect": claim.margin,
                      "rule": claim.rule})  # fmt: skip
     return pandas.DataFrame(rows)
-
-
-def arms_of(lab: Lab, notebook: str) -> list[Arm]:
-    """The arms that a notebook's claims need, with the first seed."""
-    return seeded([a for c in all_claims(lab) if c.notebook == notebook for a in (*c.arms, *c.also)], lab.seeds[0])

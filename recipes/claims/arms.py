@@ -44,8 +44,8 @@ SCALES: dict[str, dict[str, Any]] = {
     "paper": {"tokens": 500_000_000, "longer": 0, "pretraining": 2_000_000_000, "frames": 10_000, "lr": 1e-4,
               "pretraining_lr": 1e-4},
     "debug": {
-        "tokens": 900, "longer": 1800, "pretraining": 900, "frames": 300, "lr": 3e-3, "pretraining_lr": 3e-3, "precision": "32-true",
-        "held_out": 2, "hours": (0.001, 0.01),
+        "tokens": 900, "longer": 1800, "pretraining": 900, "frames": 300, "lr": 3e-3, "pretraining_lr": 3e-3,
+        "precision": "32-true", "held_out": 2, "hours": (0.001, 0.01),
     },
 }  # fmt: skip
 """What each scale changes; the sizes of the nets are those of the system that is measured (nano: 4.7 M in stage 1)."""

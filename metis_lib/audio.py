@@ -8,8 +8,10 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,6 +23,10 @@ from metis_lib.errors import MetisError
 
 LEVEL_DB = -23.0
 """RMS level in dBFS that every utterance of the corpus is brought to."""
+SILENT_DB = -75.0
+"""RMS level in dBFS below which there is nothing to hear: a muted recording still has its dither, or an offset."""
+LOUDEST = 100.0
+"""Peak above which samples cannot be meant to lie in [-1, 1]: integers stored as floats."""
 FORMATS = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", "VORBIS")}
 
 
@@ -83,6 +89,10 @@ def _finish(
         raise MetisError(f"{name}: the recording holds NaN or infinite samples")
     if not np.any(data):
         raise MetisError(f"{name}: the recording is silent (every sample is zero)")
+    if data.std(dtype=np.float64) < 10 ** (SILENT_DB / 20):
+        raise MetisError(f"{name}: the recording is silent (below {SILENT_DB:g} dB RMS)")
+    if (peak := float(np.abs(data).max())) > LOUDEST:
+        raise MetisError(f"{name}: samples lie in -1..1, not at {peak:.3g}; divide 16-bit numbers by 32768")
     seconds = data.size / rate
     if seconds < min_seconds:
         raise MetisError(f"{name}: {seconds:.2f} s is too short; at least {min_seconds:g} s are needed")
@@ -95,7 +105,7 @@ def read(path: str | Path, sample_rate: int, *, min_seconds: float = 0.0, max_se
     """Read an audio file as ``[S]`` at ``sample_rate`` Hz: channels averaged, soxr HQ resampling.
 
     Raises:
-        MetisError: missing, empty, unreadable, NaN, all zero, too short or too long (in one line).
+        MetisError: missing, empty, unreadable, NaN, silent, too short or too long (in one line).
     """
     import soundfile
 
@@ -118,23 +128,34 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
     """Any source of speech as ``[S]`` at ``sample_rate`` Hz, with the checks of :func:`read`.
 
     ``source`` is a path, a :class:`Speech`, ``(array, rate)`` or a tensor already at ``sample_rate``;
-    arrays are ``[S]``, ``[1, S]`` or, from numpy readers, ``[S, channels]``.
+    arrays are ``[S]``, ``[1, S]`` or, from numpy readers, ``[S, channels]``, of floats in [-1, 1] or of uint8, int16 or
+    int32.
     """
     if isinstance(source, (str, Path)):
         return read(source, sample_rate, min_seconds=min_seconds, max_seconds=max_seconds)
     if isinstance(source, Speech):
         values, rate = source.wav, source.sample_rate
     elif isinstance(source, tuple) and len(source) == 2:
-        values, rate = source[0], int(source[1])
+        values, rate = source
+        if not isinstance(rate, Real) or not math.isfinite(rate):
+            raise MetisError("give (samples, rate), the sample rate a number of Hz")
+        rate = int(rate)
     elif isinstance(source, (Tensor, np.ndarray)):
         values, rate = source, sample_rate
     else:
         raise MetisError(f"cannot read speech from a {type(source).__name__}; give a path or (samples, rate)")
     if rate <= 0:
         raise MetisError(f"the sample rate is a positive number of Hz, got {rate}")
-    data = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
-    if data.dtype.kind in "iu":
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float().numpy() if values.is_floating_point() else values.numpy()
+    data = np.asarray(values)
+    if data.dtype == np.uint8:  # 8-bit WAV lies around 128
+        data = (data.astype(np.float32) - 128) / 128
+    elif data.dtype in (np.int16, np.int32):
         data = data.astype(np.float32) / float(np.iinfo(data.dtype).max)
+    elif data.dtype.kind != "f":
+        raise MetisError(f"samples are floats in -1..1, uint8, int16 or int32, not {data.dtype}")
     if data.ndim == 2 and data.shape[0] <= 2 < data.shape[1]:
         data = data.T
     return _finish(data, rate, sample_rate, "recording", min_seconds, max_seconds)

@@ -16,6 +16,7 @@ from typing import Any
 from metis_lib.assets import sha256_file
 from metis_lib.audio import FORMATS
 from metis_lib.errors import MetisError
+from metis_lib.generation import Options
 from metis_lib.pipeline import SOURCES, Job, Metis
 
 SOUNDS = (*FORMATS, ".mp3", ".opus", ".m4a", ".aiff", ".aif")
@@ -35,26 +36,31 @@ def is_bulk(task: str, path: Path) -> bool:
     return path.is_dir() or path.suffix in (".jsonl", ".csv", ".tsv") or (task == "tts" and path.suffix == ".txt")
 
 
-def read_items(task: str, path: Path, given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The items of a folder (one a file, by name), a manifest or a text, each with its ``id``.
+def read_items(task: str, path: Path, given: Mapping[str, Any], out: Path | None = None) -> list[dict[str, Any]]:
+    """The items of a folder (one a file, by name; not those below ``out``), a manifest or a text, each with its ``id``.
 
     A manifest is .jsonl, .csv or .tsv with the fields of the task (``pipeline.SOURCES``), ``id`` and ``seed``; places
     are relative to it; ``path`` and ``audio`` (training manifests) stand for ``source``.  What a row lacks is
     ``given``.
 
     Raises:
-        MetisError: nothing there, a row that cannot be read, the same id twice.
+        MetisError: nothing there, a row that cannot be read or is part of a recording, the same id twice.
     """
     key = {"l2s": "video", "tts": "text", "base": "prompt"}.get(task, "source")
     rows: list[dict[str, Any]]
     if path.is_dir():
         endings = FILMS if task == "l2s" else SOUNDS
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and not p.name.startswith("."))
+        if out is not None and out.resolve() != path.resolve():  # what an earlier run made is no input
+            files = [p for p in files if not p.resolve().is_relative_to(out.resolve())]
         rows = [{"id": str(p.relative_to(path).with_suffix("")), key: str(p)} for p in files]
     elif not path.is_file():
         raise MetisError(f"nothing at {path}; give a file, a folder or a manifest (.jsonl, .csv, .tsv)")
     elif path.suffix == ".txt":
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise MetisError(f"{path} is not in UTF-8; save it so") from error
         rows = [{"id": f"{i:04d}", "text": line} for i, line in enumerate(lines, 1)]
     else:
         rows = list(_rows(path, key))
@@ -63,8 +69,12 @@ def read_items(task: str, path: Path, given: Mapping[str, Any]) -> list[dict[str
     known, items = {*SOURCES[task][0], *SOURCES[task][1], "seed"}, []
     for number, row in enumerate(rows, 1):
         item = {**given, **{k: v for k, v in row.items() if k in known and v not in (None, "")}}
+        if row.get("start") or row.get("end"):
+            raise MetisError(f"{path}, row {number}: a part of a recording (start, end); cut it out into a file first")
         for name in PLACES:
             if name in row and row[name] and not path.is_dir():
+                if not isinstance(row[name], str):
+                    raise MetisError(f"{path}, row {number}: {name} is the name of a file, not {row[name]!r}")
                 item[name] = str(path.parent / row[name])
         for name, kind in (("seconds", float), ("seed", int)):
             if isinstance(item.get(name), str):
@@ -92,6 +102,8 @@ def _rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
         else:
             rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
         for row in rows:
+            if not isinstance(row, dict):
+                raise ValueError(f"a row is an object with fields, not {row!r:.40}")
             for other in ("path", "audio"):
                 if key == "source" and row.get(other) and not row.get("source"):
                     row["source"] = row[other]
@@ -144,7 +156,14 @@ def generate_all(
 
     Returns:
         ``done``, ``kept`` (numbers) and ``failed`` (id: reason).
+
+    Raises:
+        MetisError: an output would take the place of an input, and what :meth:`Metis.options` raises.
     """
+    inputs = {Path(item[k]).resolve() for item in items for k in PLACES if isinstance(item.get(k), str | Path)}
+    for path in (out / f"{item['id']}{suffix}" for item in items):
+        if path.resolve() in inputs:
+            raise MetisError(f"{path} is an input and would be overwritten; choose another folder for the output")
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
     log, failed, finished = out / LOG, dict[str, str](), 0
@@ -155,12 +174,13 @@ def generate_all(
         with open(log, "a", encoding="utf-8") as file:
             file.write("\n")
     model = {**(about or {}), "options": options}
-    settings = metis.options(task, items[0], **options)
     stop, waiting = threading.Event(), deque[Future[None]]()
 
-    def prepare() -> Iterator[tuple[int, Refused, Named]]:
-        """Items by the group: how many are kept, those that cannot be used, and the jobs of the rest."""
+    def prepare() -> Iterator[tuple[int, Refused, Named, Options]]:
+        """Items by the group: how many are kept, those that cannot be used, and the jobs of the rest, all by the same
+        options."""
         same, refused, jobs, frames = 0, Refused(), Named(), 0
+        chosen = metis.options(task, items[0], **options)
         for item in items:
             if stop.is_set():
                 return
@@ -171,17 +191,22 @@ def generate_all(
                 same += 1
                 continue
             metis.load_all(task)  # here alone: while a part is loaded, no model may be at work
+            settings = metis.options(task, rest, **options)
             try:
                 job = metis.job(task, rest, settings)
-            except MetisError as error:
+            except (MetisError, RuntimeError) as error:
                 refused.append((name, key, error))
                 continue
+            if jobs and (job.windows is not None or settings != chosen):  # windows cannot be tried again
+                yield same, refused, jobs, chosen
+                same, refused, jobs, frames = 0, Refused(), Named(), 0
+            chosen = settings
             jobs.append((name, key, job))
             frames += sum(request.size for request in job.requests)
             if frames >= 4 * settings.batch_frames or job.windows is not None:  # some batches of like length
-                yield same, refused, jobs
+                yield same, refused, jobs, chosen
                 same, refused, jobs, frames = 0, Refused(), Named(), 0
-        yield same, refused, jobs
+        yield same, refused, jobs, chosen
 
     def note(item: str, entry: dict[str, Any]) -> None:
         nonlocal finished
@@ -195,22 +220,31 @@ def generate_all(
         nonlocal kept, finished
         kept, finished = kept + same, finished + same
         for item, key, error in refused:
-            note(item, {"key": key, "error": " ".join(str(error).split())})
+            kind = "" if isinstance(error, MetisError) else f"{type(error).__name__}: "
+            note(item, {"key": key, "error": kind + " ".join(str(error).split())})
 
     def write(jobs: Named, took: float) -> None:
         nonlocal done
-        began = time.perf_counter()
-        spoken = [metis._finish(job)[0] for *_, job in jobs]
-        share = (took + time.perf_counter() - began) / max(sum(speech.seconds for speech in spoken), 1e-9)
-        for (item, key, job), speech in zip(jobs, spoken, strict=True):
-            path = speech.save(out / f"{item}{suffix}")
+        began, spoken = time.perf_counter(), []
+        for item, key, job in jobs:
+            try:
+                spoken.append((item, key, job, metis._finish(job)[0]))
+            except (MetisError, RuntimeError) as error:
+                report(0, [(item, key, error)])
+        share = (took + time.perf_counter() - began) / max(sum(speech.seconds for *_, speech in spoken), 1e-9)
+        for item, key, job, speech in spoken:
+            try:
+                path = speech.save(out / f"{item}{suffix}")
+            except MetisError as error:
+                report(0, [(item, key, error)])
+                continue
             entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
             entry |= {"seconds": round(speech.seconds, 4), "seconds_to_make": round(share * speech.seconds, 3)}
             measured = {"measured": found} if (found := measure(item, job)) else {}
             note(item, entry | measured | speech.info)
             done += 1
 
-    def work(jobs: Named) -> None:
+    def work(jobs: Named, settings: Options) -> None:
         """Run some jobs, one by one if that fails together, and hand on what was made."""
         began = time.perf_counter()
         try:
@@ -222,7 +256,7 @@ def generate_all(
             for *_, job in jobs:
                 job.made.clear()
             for one in jobs:
-                work([one])
+                work([one], settings)
             return
         hand_on(write, jobs, time.perf_counter() - began)
 
@@ -241,7 +275,7 @@ def generate_all(
                 ahead = reader.submit(next, groups, None)
                 hand_on(report, *group[:2])
                 if group[2]:
-                    work(group[2])
+                    work(*group[2:])
             for written in waiting:
                 written.result()
         finally:  # interrupted or failed: what was made is still written, nothing more is read

@@ -85,9 +85,11 @@ def load_config_and_card(folder: str | Path, cls: type[C]) -> tuple[C, dict[str,
         document = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise MetisError(f"{path} is damaged: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("config"), dict):
+        raise MetisError(f"{path} is damaged: it holds no config")
     if document.get("type") != cls.__name__:
         raise MetisError(f"{path} describes a {document.get('type')}, not a {cls.__name__}")
-    return from_dict(cls, document["config"]), document.get("card", {})
+    return from_dict(cls, document["config"]), document.get("card") or {}
 
 
 def load_state(folder: str | Path, name: str = "model") -> dict[str, Tensor]:

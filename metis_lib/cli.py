@@ -169,7 +169,7 @@ class Generate(Command):
         from metis_lib.evaluation.record import checkpoint_hashes, code_hash
 
         given = {key: value for key, value in self.item().items() if key not in ("source", "video", "text")}
-        items = bulk.read_items(self.TASK, source, given)
+        items = bulk.read_items(self.TASK, source, given, self.output)
         if self.output.is_file():
             raise MetisError(f"{self.output} is a file; of many inputs the output is a folder")
         metis, began = self._metis(), time.monotonic()

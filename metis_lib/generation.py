@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -128,15 +129,15 @@ class Options:
                 f"unknown option {min(rest)!r}; options are {more}, candidates, each also as stage2_..., batch_frames"
             )
         layers = second.pop("steps", steps2)
-        layers = (layers,) if isinstance(layers, int) else tuple(layers)
+        layers = tuple(layers) if isinstance(layers, list | tuple) else (layers,)
         layers += (1,) * (len(steps2) - len(layers))
-        for settings in (first, second, {"steps": min(layers, default=1)}):
+        for settings in (first, second, *({"steps": count} for count in layers)):
             check(settings)
         always: dict[str, Any] = {"released": True} if released else {}
-        counts = {name: int(given.get(name, default)) for name, default in counts.items()}
+        counts = {name: given.get(name, default) for name, default in counts.items()}
         for name, count in counts.items():
-            if count < 1:
-                raise MetisError(f"{name} must be at least 1, not {count}")
+            if not isinstance(count, Integral) or count < 1:
+                raise MetisError(f"{name} must be a whole number, at least 1, not {count!r}")
         if released and max(counts["candidates"], counts["stage2_candidates"]) > 1:
             raise MetisError("the released code makes one draw; leave candidates out, or compat")
         return cls(
@@ -147,8 +148,11 @@ class Options:
 def check(settings: dict[str, Any]) -> None:
     """MetisError for a decoding option out of range."""
     for name in ("steps", "top_k"):
-        if settings.get(name, 1) < 1:
-            raise MetisError(f"{name} must be at least 1, not {settings[name]}")
+        if not isinstance(count := settings.get(name, 1), Integral) or count < 1:
+            raise MetisError(f"{name} must be a whole number, at least 1, not {count!r}")
+    for name in ("cfg", "temperature", "choice_temperature", "rescale", "top_fraction"):
+        if not isinstance(settings.get(name, 1.0), Real):
+            raise MetisError(f"{name} must be a number, not {settings[name]!r}")
     for name in ("cfg", "temperature", "choice_temperature"):
         if not settings.get(name, 0) >= 0:
             raise MetisError(f"{name} must not be negative, got {settings[name]}")

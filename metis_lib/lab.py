@@ -286,6 +286,7 @@ class Laboratory(Panel):
         if self.options("A") == self.options("B"):
             raise MetisError("A and B are the same setting; change one of them")
         sounds = {side: self.make(side) for side in "AB"}
+        self.compared = {"task": self.task.value, "item": self.item(), **{side: self.options(side) for side in "AB"}}
         turn = random.Random(f"{self.seed} {len(self.read_votes())}").random() < 0.5
         self._ask("AB" if turn else "BA")
         self.result.value = self.code.value = ""
@@ -296,8 +297,8 @@ class Laboratory(Panel):
         """Answer (one of ``BALLOT``), see which was which, and the votes so far on these two settings."""
         if not self.order:
             raise MetisError("there is nothing to vote on; compare blind first")
-        pair, place = {side: self.options(side) for side in "AB"}, BALLOT[answer]
-        vote = {"task": self.task.value, "item": self.item(), **pair, "order": self.order}
+        pair, place = self.compared, BALLOT[answer]  # what was heard; the sliders may have moved since
+        vote = {**pair, "order": self.order}
         vote["vote"] = "none" if place is None else self.order[place]
         self.out.mkdir(parents=True, exist_ok=True)
         with open(self.out / "votes.jsonl", "a", encoding="utf-8") as file:
@@ -338,7 +339,11 @@ class Laboratory(Panel):
     def keep(self, files: Sequence[Mapping[str, Any]]) -> None:
         """Keep uploaded files as they are; the last becomes the source, the prompt or the video."""
         for file in files:
-            path = self.out / "recordings" / Path(file["name"]).name
+            first = path = self.out / "recordings" / Path(file["name"]).name
+            count = 1
+            while path.exists() and path.read_bytes() != bytes(file["content"]):  # the same name, another recording
+                count += 1
+                path = first.with_stem(f"{first.stem}-{count}")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file["content"])
             if self.into.value != "video":

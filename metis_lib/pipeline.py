@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -151,6 +152,7 @@ class Metis:
         self.compile = compile
         self.traces: dict[str, Any] = {}
         self._apart: dict[str, bool] = {}
+        self._whole: set[str] = set()
         self._asked: dict[str, str | None] = {}
         self._task_models: dict[str, Stage1] = {}
         self._merged: str | None = None
@@ -274,6 +276,7 @@ class Metis:
         self._apart[name] = config.apart
         plain = {key: value for key, value in added.items() if ".lora_" not in key}
         whole = "to_logit.weight" in plain and not config.lora_rank  # everything was trained
+        self._whole |= {name} if whole else set()
         system = getattr(self.store, "config", None) if whole else None
         sizes: Stage1Config = self.stage1.config if system is None else system.stage1
         with torch.device("meta"):
@@ -309,7 +312,7 @@ class Metis:
     def _take_turn(self, name: str) -> None:
         """Fold the LoRA weights of a large task model into the shared base, those of another one out of it."""
         lora = getattr(self._task_models[name], "_lora", None)
-        shares = lora is not None or name == "base"
+        shares = name not in self._whole
         if not shares or self._merged == (name if lora else None):
             return
         if self._merged is not None:  # read again: taking a product off leaves rounding errors
@@ -496,9 +499,11 @@ class Metis:
         Raises:
             MetisError: of the first item that cannot be used; see the methods of the tasks.
         """
-        settings = self.options(task, items[0] if items else {}, **options)
-        jobs = [self.job(task, {"seed": seed, **item}, settings) for item in items]
-        spoken = [self._finish(job) for job in self.run(jobs, settings)]
+        chosen = [self.options(task, item, **options) for item in items or ({},)]  # a text brings guidance with it
+        jobs = [self.job(task, {"seed": seed, **item}, one) for item, one in zip(items, chosen, strict=False)]
+        for settings in dict.fromkeys(chosen):
+            self.run([job for job, one in zip(jobs, chosen, strict=False) if one == settings], settings)
+        spoken = [self._finish(job) for job in jobs]
         return spoken if return_iterations else [speech for speech, _ in spoken]
 
     def options(self, task: str, item: Mapping[str, Any] | None = None, **given: Any) -> Options:
@@ -526,6 +531,11 @@ class Metis:
         if missing or unknown:
             what = f"lacks {missing[0]!r}" if missing else f"has an unknown {unknown[0]!r}"
             raise MetisError(f"an item of the task {task} {what}; it takes {', '.join((*needed, *optional))}")
+        for key in ("text", "prompt_text", "language", "prompt_language"):
+            if not isinstance(item.get(key), str | None):
+                raise MetisError(f"{key} must be text, got {item[key]!r:.40}")
+        if not isinstance(item.get("seconds"), int | float | None) or not math.isfinite(item.get("seconds") or 0):
+            raise MetisError(f"seconds must be a number, got {item['seconds']!r}")
         if item.get("text") is not None and task == "tse":
             model = "omni"
         info = {"task": task, "by": model, "seed": seed, "steps": options.stage1.steps, "cfg": options.stage1.cfg}
@@ -666,8 +676,6 @@ class Metis:
     def _l2s(self, video: Any, prompt: Source, generator: torch.Generator, info: dict[str, Any]) -> Job:
         voice = self.voice(prompt)
         seen = self.lip_features(video)
-        if len(seen) > LONGEST_SPOKEN * FRAME_RATE:
-            raise MetisError(f"the video has {len(seen) / FRAME_RATE:g} s; at most {LONGEST_SPOKEN:g} s, cut it first")
         nothing = seen.new_zeros(len(voice.tokens), seen.shape[1])  # nothing is seen of the prompt
         return Job([Request(len(seen), generator, voice, torch.cat([nothing, seen]))], None, info)
 
@@ -676,10 +684,14 @@ class Metis:
         if isinstance(video, (str, Path)):
             from metis_lib.data.video import read_crops, read_lips
 
-            video = read_crops(video) if str(video).endswith(".npz") else read_lips(video)
+            stored = str(video).endswith(".npz")
+            video = read_crops(video) if stored else read_lips(video, longest=LONGEST_SPOKEN)
         crops = torch.as_tensor(video)
         if crops.dim() != 3 or crops.dtype != torch.uint8:
             raise MetisError(f"mouth crops must be uint8 [N, 96, 96], got {crops.dtype} {tuple(crops.shape)}")
+        if 2 * len(crops) > LONGEST_SPOKEN * FRAME_RATE:
+            seconds = 2 * len(crops) / FRAME_RATE
+            raise MetisError(f"the video has {seconds:g} s; at most {LONGEST_SPOKEN:g} s, cut it first")
         return upsample(self.lips(crops[None].to(self.device)))[0]
 
     def _base(self, prompt: Source, generator: torch.Generator, info: dict[str, Any], seconds: float = 3.0) -> Job:

@@ -47,6 +47,9 @@ def _bad_files(folder):
     (folder / "text.wav").write_text("not audio at all\n")
     soundfile.write(folder / "none.wav", np.zeros(0, np.float32), 16000)
     soundfile.write(folder / "zero.wav", np.zeros(1600, np.float32), 16000)
+    hiss = np.random.default_rng(0).integers(-1, 2, 16000).astype(np.int16)
+    soundfile.write(folder / "muted.wav", hiss, 16000)
+    soundfile.write(folder / "offset.wav", np.full(16000, 0.2, np.float32), 16000)
     soundfile.write(folder / "nan.wav", np.array([0.1, np.nan], np.float32), 16000, subtype="FLOAT")
     soundfile.write(folder / "short.wav", tone(16000, 0.1).numpy(), 16000)
     soundfile.write(folder / "long.wav", tone(16000, 2.0).numpy(), 16000)
@@ -61,6 +64,8 @@ def _bad_files(folder):
         ("text.wav", "not audio"),
         ("none.wav", "the recording is empty"),
         ("zero.wav", "silent"),
+        ("muted.wav", "silent"),
+        ("offset.wav", "silent"),
         ("nan.wav", "NaN"),
         ("short.wav", "0.10 s is too short; at least 0.5 s"),
         ("long.wav", "2.0 s is too long; at most 1 s"),
@@ -110,6 +115,9 @@ def test_load_takes_every_source(tmp_path):
         assert (audio.load(source, 16000) - wav).abs().max() < 1e-4
     for array in (integers, stereo, stereo.T, wav[None], wav.double()):
         assert (audio.load((array, 16000), 16000) - wav).abs().max() < 1e-4
+    eight_bit = (wav.numpy() * 127 + 128).round().astype(np.uint8)
+    for array in (eight_bit, wav.bfloat16(), wav.half()):
+        assert (audio.load((array, 16000), 16000) - wav).abs().max() < 0.01
     assert torch.equal(audio.load(wav, 16000), wav)
     assert audio.load(Speech(wav, 16000), 24000).shape == (12000,)
 
@@ -118,6 +126,17 @@ def test_load_takes_every_source(tmp_path):
 def test_load_refuses_what_is_not_speech(source):
     with pytest.raises(MetisError):
         audio.load(source, 16000)
+
+
+def test_load_says_what_is_wrong_with_numbers():
+    wav = tone(16000).numpy()
+    for source, says in (
+        ((16000, wav), "samples, rate"), ((wav, None), "samples, rate"), ((wav, float("nan")), "samples, rate"),
+        (((wav * 32767).astype(np.int64), 16000), "not int64"),
+        ((wav * 32767, 16000), "divide 16-bit numbers by 32768"),
+    ):  # fmt: skip
+        with pytest.raises(MetisError, match=says):
+            audio.load(source, 16000)
 
 
 def test_speech_shows_a_player_at_its_own_level(tmp_path):

@@ -108,6 +108,9 @@ def test_manifests_for_every_task(sounds, tmp_path):
         ("m.jsonl", '{"id": "../../a", "source": "x.wav"}\n', "out of the folder"),
         ("m.jsonl", "\n", "nothing to work on"),
         ("m.csv", "id,source,seed\na,x.wav,abc\n", "seed is a number"),
+        ("m.jsonl", '"x.wav"\n', "a row is an object"),
+        ("m.jsonl", '{"source": 5}\n', "row 1: source is the name of a file, not 5"),
+        ("m.jsonl", '{"path": "x.wav", "start": 1.0, "end": 2.0}\n', "cut it out into a file first"),
     ],
 )
 def test_bad_manifests_are_one_clear_line(tmp_path, name, text, message):
@@ -115,6 +118,73 @@ def test_bad_manifests_are_one_clear_line(tmp_path, name, text, message):
     with pytest.raises(MetisError, match=message) as caught:
         bulk.read_items("se", tmp_path / name, {})
     assert "\n" not in str(caught.value)
+
+
+def test_texts_are_utf8(tmp_path):
+    (tmp_path / "texts.txt").write_bytes("Grüße.".encode("latin-1"))
+    with pytest.raises(MetisError, match="not in UTF-8"):
+        bulk.read_items("tts", tmp_path / "texts.txt", {})
+
+
+def test_no_recording_is_overwritten_and_no_output_becomes_an_input(sounds, tmp_path, capsys):
+    audio.write(sounds / "e.flac", 0.1 * torch.randn(24_000), 24_000)
+    before = (sounds / "e.flac").read_bytes()
+    assert cli.main(["generate", "se", f"--input={sounds}", f"--output={sounds}", *RUN]) == 2
+    assert "e.flac is an input and would be overwritten" in capsys.readouterr().err
+    assert (sounds / "e.flac").read_bytes() == before and not (sounds / "a.flac").exists()
+    for kept in (0, 5):
+        assert cli.main(["generate", "se", f"--input={sounds}", f"--output={sounds / 'made'}", "--json", *RUN]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["done"], found["kept"]) == (5 - kept, kept)
+
+
+def test_odd_items_are_reported_and_the_rest_done(sounds, tmp_path, capsys):
+    rows = [
+        {"id": "good", "text": "Hello."}, {"id": "year", "text": 2024}, {"id": "ever", "text": "Hi.", "seconds": "nan"}
+    ]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = ["generate", "tts", f"--input={tmp_path / 'm.jsonl'}", f"--output={tmp_path / 'out'}", "--json", *RUN]
+    assert cli.main([*command, f"--prompt={sounds / 'b.wav'}", "--prompt-text=Yes."]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["done"] == 1 and "text must be text, got 2024" in found["failed"]["year"]
+    assert "seconds must be a number, got nan" in found["failed"]["ever"]
+
+
+def test_a_long_recording_is_never_begun_in_the_middle(sounds, tmp_path, monkeypatch):
+    """What failed together is tried one by one; windows, which cannot begin again, are in no group with others."""
+    metis = Metis.from_pretrained("debug")
+    monkeypatch.setattr(Metis, "limits", metis.limits._replace(whole=1.2, window=130))
+    audio.write(sounds / "b.wav", 0.1 * torch.randn(72_000), 24_000)  # 3 s, beside 0.8 s
+    items = [{"id": name, "source": str(sounds / f"{name}.wav")} for name in "ab"]
+    options = {"options": {"steps": 2, "stage2_steps": (2, 1)}}
+    assert bulk.generate_all(metis, "se", items, tmp_path / "good", **options)["done"] == 2
+    groups, real = [], Metis.run
+
+    def fails_together(self, jobs, settings, **more):
+        groups.append(len(jobs))
+        made = real(self, jobs, settings, **more)
+        if len(jobs) > 1:
+            raise RuntimeError("out of memory")
+        return made
+
+    monkeypatch.setattr(Metis, "run", fails_together)
+    assert bulk.generate_all(metis, "se", items, tmp_path / "tried", **options)["failed"] == {}
+    assert groups == [1, 1]
+    for name in "ab":
+        assert (tmp_path / "tried" / f"{name}.flac").read_bytes() == (tmp_path / "good" / f"{name}.flac").read_bytes()
+
+
+def test_items_with_and_without_text_keep_their_own_guidance(sounds, tmp_path):
+    metis, few = Metis.from_pretrained("debug"), {"steps": 2, "stage2_steps": (2, 1)}
+    base = {"source": str(sounds / "b.wav"), "prompt": str(sounds / "deep" / "d.wav")}
+    told = base | {"text": "Hello.", "prompt_text": "Good morning."}
+    both = metis.generate("tse", [told, base], **few)
+    assert [speech.info["cfg"] for speech in both] == [2.5, metis.options("tse", base).stage1.cfg] != [2.5, 2.5]
+    for item, speech in zip((told, base), both, strict=True):
+        torch.testing.assert_close(metis.generate("tse", [item], **few)[0].wav, speech.wav)
+    bulk.generate_all(metis, "tse", [{"id": "t", **told}, {"id": "u", **base}], tmp_path / "out", options=few)
+    for name, speech in zip("tu", both, strict=True):
+        torch.testing.assert_close(audio.read(tmp_path / f"out/{name}.flac", 24_000), speech.wav, atol=2**-15, rtol=0)
 
 
 def test_a_row_without_a_prompt_is_reported_and_the_rest_done(sounds, tmp_path, capsys):

@@ -24,6 +24,7 @@ from metis_lib.evaluation.systems import load_items
 ROOT = Path(__file__).resolve().parents[1]
 HUMAN = ROOT / "eval" / "testsets" / "human"
 SHORT = HUMAN / "cmu-forward.flac"
+PROMPT = HUMAN / "librivox-0870.flac"
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +136,16 @@ def test_settings_are_compared_blind(laboratory: lab.Laboratory) -> None:
     assert "same setting" in press(laboratory, "Compare blind")
 
 
+def test_a_vote_is_about_what_was_heard(laboratory: lab.Laboratory) -> None:
+    laboratory.compare()
+    heard = {side: laboratory.options(side) for side in "AB"}
+    laboratory.sides["B"]["seed"].value = 33
+    laboratory.fields["source"].value = str(PROMPT)
+    laboratory.vote("the first")
+    (vote,) = laboratory.read_votes()
+    assert {side: vote[side] for side in "AB"} == heard and vote["item"]["source"] == str(SHORT)
+
+
 def test_a_tally_is_of_its_pair_of_settings() -> None:
     votes = [{"A": 1, "B": 2, "vote": vote} for vote in ("A", "A", "A", "A", "A", "none")] + [
         {"A": 1, "B": 3, "vote": "B"}
@@ -165,6 +176,13 @@ def test_uploads_are_kept_as_they_are(laboratory: lab.Laboratory) -> None:
     upload("../../voice.flac", SHORT.read_bytes())
     path = laboratory.out / "recordings" / "voice.flac"
     assert path.read_bytes() == SHORT.read_bytes() and laboratory.fields["prompt"].value == str(path)
+    upload("../../voice.flac", SHORT.read_bytes())
+    assert laboratory.fields["prompt"].value == str(path)
+    upload("voice.flac", PROMPT.read_bytes())  # another voice under the same name
+    second = path.with_stem("voice-2")
+    assert second.read_bytes() == PROMPT.read_bytes() and path.read_bytes() == SHORT.read_bytes()
+    assert laboratory.fields["prompt"].value == str(second)
+    laboratory.fields["prompt"].value = str(path)
     upload("words.txt", b"not a sound")
     assert "not audio" in laboratory.status.value and laboratory.fields["prompt"].value == str(path)
 

@@ -190,6 +190,13 @@ def test_lora_keys_must_fit(omni):
             check(to, lora)
 
 
+def test_layers_of_stage_2_are_drawn_as_often_as_released():
+    common = dict(hidden_size=16, num_layers=1, num_heads=2, codebook_size=4, semantic_codebook_size=4)
+    joint, rest = (Stage2(Stage2Config(12, first, **common)).layer_weights() for first in (True, False))
+    torch.testing.assert_close(joint, torch.arange(12, 0, -1) / 78)  # released mask_layer, predict_layer_1
+    torch.testing.assert_close(rest, torch.tensor([0, *range(12, 1, -1)]) / 77)
+
+
 def stage2_models():
     common = dict(hidden_size=48, num_layers=2, num_heads=4, codebook_size=32, semantic_codebook_size=50)
     one = Stage2(Stage2Config(num_quantizers=1, predict_layer_1=True, **common)).eval()

@@ -130,6 +130,16 @@ def test_csv_with_spans_defaults_and_extra_columns(tmp_path: Path) -> None:
         build_manifest(table, tmp_path / "out")
 
 
+def test_films_of_a_list_lie_relative_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "mine" / "a.wav", speech(0))
+    (tmp_path / "mine" / "films").mkdir()
+    (tmp_path / "mine" / "films" / "a.mp4").write_bytes(b"film")
+    (tmp_path / "mine" / "list.csv").write_text("path,video\na.wav,films/a.mp4\n")
+    monkeypatch.chdir("/")
+    (row,) = build_manifest(tmp_path / "mine" / "list.csv", tmp_path / "out").rows
+    assert row.video and (row.root / row.video).resolve() == tmp_path / "mine" / "films" / "a.mp4"
+
+
 def test_jsonl_keeps_what_it_says_and_lists_bad_lines(tmp_path: Path) -> None:
     save(tmp_path / "a.wav", speech(0))
     save(tmp_path / "b.wav", speech(1))

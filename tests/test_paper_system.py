@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -312,6 +312,11 @@ def test_lora_takes_turns_in_one_base(folder, io, monkeypatch):
     with pytest.raises(MetisError, match="task_model"):
         tse.generate(tokens, 3, condition=torch.zeros(1, 3, 16))
     metis.task_model("tse").generate(tokens, 3, condition=torch.zeros(1, 3, 16))
+    config, added = metis.store.task("tse", metis._asked.get("tse"))
+    only = replace(config, lora_rank=0), {k: v for k, v in added.items() if ".lora_" not in k}
+    monkeypatch.setattr(metis.store, "task", lambda *_: only)
+    adapted = metis.task_model("vc")  # trained as an adapter alone: it shares the base too
+    assert torch.equal(adapted.state_dict()[key], before[key])
 
 
 def test_only_what_a_task_needs_is_loaded(folder):

@@ -336,5 +336,5 @@ def test_candidates_need_a_phone_head(tmp_path, voice):
         system.enhance(hum(0.5), stage2_candidates=2)
     with pytest.raises(MetisError, match="one draw"):
         Metis.from_pretrained("debug", device="cpu", compat="released").enhance(hum(0.5), stage2_candidates=2)
-    with pytest.raises(MetisError, match="candidates must be at least 1"):
+    with pytest.raises(MetisError, match="candidates must be a whole number, at least 1, not 0"):
         system.enhance(hum(0.5), candidates=0)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -343,6 +348,30 @@ def test_workers_do_not_change_a_byte(store: FlatStore, sources: Sources) -> Non
     assert not set(second) & set(alone) and run(4) == second
     other = Simulated("omni", Pool(store), sources, seed=8, shortest=0.1)
     assert not set(digest([other[i] for i in range(20)])) & set(alone)
+
+
+def test_of_two_writers_of_a_store_one_writes(tmp_path: Path) -> None:
+    """The second waits, and gets what the first has made; its own pieces are never asked for."""
+    began, asked = threading.Event(), threading.Event()
+
+    def slowly() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        for k in range(4):
+            began.set()
+            time.sleep(0.1)
+            yield {"id": str(k)}, np.full(3, k, np.int16)
+
+    def never() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        asked.set()
+        yield {"id": "other"}, np.zeros(9, np.int16)
+
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(FlatStore.write, tmp_path / "new" / "store", slowly())
+        began.wait()
+        second = FlatStore.write(tmp_path / "new" / "store", never())
+        first.result()
+    assert not asked.is_set() and [second[k].tolist() for k in range(4)] == [[k] * 3 for k in range(4)]
+    third = FlatStore.write(tmp_path / "new" / "store", never())  # alone: written anew
+    assert [item["id"] for item in third.items] == ["other"]
 
 
 def test_workers_that_stay_alive_see_the_epoch(store: FlatStore) -> None:

@@ -111,7 +111,10 @@ def table_entries(path: Path, notes: list[str]) -> Iterator[Entry]:
             continue
         ignored.update(k for k in values if k not in (*COLUMNS, "duration"))
         where = path.parent / Path(values["path"].strip()).expanduser()
-        yield {k: v for k, v in values.items() if k in COLUMNS and v not in (None, "")} | {"path": str(where)}
+        row = {k: v for k, v in values.items() if k in COLUMNS and v not in (None, "")} | {"path": str(where)}
+        if isinstance(row.get("video"), str):
+            row["video"] = str(path.parent / Path(row["video"].strip()).expanduser())
+        yield row
     if ignored:
         notes.append(f"{path.name}: ignored the columns {', '.join(sorted(ignored))}")
 

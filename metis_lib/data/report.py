@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from metis_lib import notebook
-from metis_lib.audio import frame_db
+from metis_lib.audio import SILENT_DB, frame_db
 from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl, write_text
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import VOICES
@@ -39,7 +39,7 @@ MIN_SECONDS, LONG_SECONDS, MAX_SECONDS = 0.3, 30.0, 600.0
 """Shorter and longer recordings than the first and last are refused; from the second on one is warned of."""
 LETTERS_PER_SECOND = (3.0, 35.0)
 """A text outside of this range cannot be what is said; counted between the first and last loud moment."""
-SILENT_DB, LOW_DB = -75.0, -50.0
+LOW_DB = -50.0
 """RMS below which a recording is silent, and below which its level is warned of."""
 CLIPPED, DC_OFFSET = 0.001, 0.01
 """Share of samples at full scale, and mean of the samples, that are warned of."""

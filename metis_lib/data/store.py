@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from metis_lib import audio
@@ -196,9 +197,23 @@ class FlatStore:
 
     @staticmethod
     def write(folder: Path, pieces: Iterable[tuple[dict[str, Any], np.ndarray]]) -> FlatStore:
-        """Write ``(record, array)`` pieces; the folder appears whole or not at all."""
+        """Write ``(record, array)`` pieces; the folder appears whole or not at all.
+
+        Of several processes one writes; what it has made meanwhile is what the others get.
+        """
+        made, index = None, folder / "index.json"
+        if index.is_file():
+            made = index.stat().st_mtime_ns
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+            if index.is_file() and index.stat().st_mtime_ns != made:
+                return FlatStore(folder)
+            return FlatStore._write(folder, pieces)
+
+    @staticmethod
+    def _write(folder: Path, pieces: Iterable[tuple[dict[str, Any], np.ndarray]]) -> FlatStore:
         temporary = folder.with_name(folder.name + ".part")
-        temporary.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(exist_ok=True)
         items, end, shape, dtype = [], 0, (), np.dtype(np.int16)
         with open(temporary / "raw", "wb") as stream:
             for record, array in pieces:

@@ -51,6 +51,7 @@ class Video:
 
     path: Path
     resample: bool = False
+    longest: float = LONGEST_SECONDS
 
     def __iter__(self) -> Iterator[np.ndarray]:
         import cv2
@@ -65,8 +66,8 @@ class Video:
                 raise MetisError(f"{path} is not video that can be read")
             if abs(rate - VIDEO_RATE) > 0.05 and not self.resample:
                 raise MetisError(f"{path} has {rate:.3g} frames a second, not 25; convert it, or ask for resample")
-            if max(expected, 0) / rate > LONGEST_SECONDS:
-                raise MetisError(f"{path} is longer than {LONGEST_SECONDS} s; cut it into utterances")
+            if max(expected, 0) / rate > self.longest:
+                raise MetisError(f"{path} is longer than {self.longest:g} s; cut it into utterances")
             step, shown, count = rate / VIDEO_RATE if abs(rate - VIDEO_RATE) > 0.05 else 1.0, 0, 0
             while (frame := capture.read()[1]) is not None:
                 while round(shown * step) <= count:
@@ -162,11 +163,12 @@ def mouth_crops(frames: Iterable[np.ndarray], detect: Detector = mediapipe_point
 
 
 def read_lips(
-    path: str | os.PathLike[str], *, resample: bool = False, detect: Detector = mediapipe_points
-) -> np.ndarray:
+    path: str | os.PathLike[str], *, resample: bool = False, detect: Detector = mediapipe_points,
+    longest: float = LONGEST_SECONDS,
+) -> np.ndarray:  # fmt: skip
     """A video file as mouth crops, uint8 [N, 96, 96] at 25 fps; the errors of :func:`mouth_crops` name the file."""
     try:
-        return mouth_crops(Video(Path(path), resample), detect)
+        return mouth_crops(Video(Path(path), resample, longest), detect)
     except MetisError as error:
         raise error if str(path) in str(error) else MetisError(f"{path}: {error}") from None
 
@@ -176,5 +178,5 @@ def read_crops(path: str | os.PathLike[str]) -> np.ndarray:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return stored["crops"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise MetisError(f"{path} holds no mouth crops ({str(error).splitlines()[0]})") from error
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise MetisError(f"{path} holds no mouth crops ({(str(error) or 'it is empty').splitlines()[0]})") from error

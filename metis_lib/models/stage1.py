@@ -77,9 +77,9 @@ class Durations(nn.Module):
 
 def spread(phones: Tensor, weights: Tensor, frames: int) -> Tensor:
     """Spread ``phones [L]`` over ``frames``, each in proportion to its weight ``[L]`` > 0: ``[frames]``."""
-    ends = weights.double().cumsum(0)
-    at = (torch.arange(frames, device=phones.device) + 0.5) * ends[-1] / max(frames, 1)
-    return phones[torch.searchsorted(ends, at, right=True).clamp(max=len(phones) - 1)]
+    ends = weights.cpu().double().cumsum(0)  # MPS has no float64
+    at = (torch.arange(frames) + 0.5) * ends[-1] / max(frames, 1)
+    return phones[torch.searchsorted(ends, at, right=True).clamp(max=len(phones) - 1).to(phones.device)]
 
 
 class Stage1(nn.Module):

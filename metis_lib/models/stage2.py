@@ -41,9 +41,10 @@ class Stage2(nn.Module):
         return 0 if self.config.predict_layer_1 else 1
 
     def layer_weights(self) -> Tensor:
-        """How often each layer is trained, ``[Q]``, falling linearly (released: proportional to Q+1 - layer)."""
+        """How often each layer is trained, ``[Q]``, falling linearly as released: Q, Q-1, ... 1; without layer 1
+        Q, Q-1, ... 2 for the others."""
         count = self.config.num_quantizers
-        weights = torch.tensor([float(count - layer + 1) for layer in range(count)])
+        weights = torch.tensor([float(count - layer + self.first_layer) for layer in range(count)])
         weights[: self.first_layer] = 0
         return weights / weights.sum()
 

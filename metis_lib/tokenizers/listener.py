@@ -61,7 +61,7 @@ class Listener:
         wanted = self.in_tokens(tokens)
         costs = [mismatch(wanted, heard) for heard in self.in_codes(draws)]
         shortest = min(map(len, costs))
-        path = cheapest(torch.stack([cost[:shortest] for cost in costs]), CHANGE)
+        path = cheapest(torch.stack([cost[:shortest] for cost in costs]).cpu(), CHANGE)  # it looks at every frame
         path = F.pad(path, (0, len(tokens) - shortest), value=int(path[-1]))
         return torch.stack(list(draws))[path.to(tokens.device), torch.arange(len(tokens), device=tokens.device)]
 

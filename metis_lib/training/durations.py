@@ -51,12 +51,14 @@ def time_phones(waves: FlatStore, encoder: SSLEncoder, head: torch.nn.Linear, fo
     """Durations by recording's id, of the phones of its text; made on first use in ``folder``."""
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        source = Speech(waves, longest=1500)
+        source, device = Speech(waves, longest=1500), next(encoder.parameters()).device
+        told = head.to(device)
         order = [i for i in np.argsort(source.lengths, kind="stable") if source.lengths[i] and source.phones[i]]
         for at in range(0, len(order), 16):
             some = order[at : at + 16]
             batch = source.batch([int(i) for i in some], epoch=0, step=0)
-            scores = head(encoder(batch["clean"], batch["lengths"])).float().log_softmax(-1).numpy()
+            heard = encoder(batch["clean"].to(device), batch["lengths"].to(device))
+            scores = told(heard).float().log_softmax(-1).cpu().numpy()
             for i, row, n in zip(some, scores, batch["lengths"].tolist(), strict=True):
                 yield {"id": waves.items[i]["id"]}, ctc_durations(row[:n], source.phones[i])
 

@@ -498,7 +498,8 @@ def _all_sum(fabric: Any, values: dict[str, Any]) -> dict[str, float]:
     """Scalars summed over all processes, by name; every process has the same names."""
     if not values:
         return {}
-    stacked = torch.stack([torch.as_tensor(v, dtype=torch.float64).cpu() for v in values.values()])
+    stacked = torch.stack([torch.as_tensor(v.cpu() if isinstance(v, Tensor) else v, dtype=torch.float64)
+                           for v in values.values()])  # fmt: skip
     if fabric.world_size > 1:
         stacked = fabric.all_reduce(stacked.to(fabric.device), reduce_op="sum").cpu()
     return dict(zip(values, stacked.tolist(), strict=True))

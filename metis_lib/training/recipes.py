@@ -199,6 +199,8 @@ class Job:
         both = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
         acoustic = self.model.startswith("stage2") or (both / "index.json").is_file()
         folder = both if acoustic else both.parent.with_name(f"tokens-{'-'.join(parts[:2])}") / split
+        if (folder / "index.json").is_file():  # whole, wherever it was made
+            return Shards(folder)
         tokenise(self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1, acoustic=acoustic)
         return Shards(folder)
 
@@ -586,6 +588,7 @@ def finetune(
         raise MetisError("finetune is one process; for several run `metis train part` in a system's folder")
     if mode == "lora" and rank < 1:
         raise MetisError(f"the rank of LoRA is at least 1, not {rank}")
+    takes = task(name)  # MetisError for one that there is not
     manifest, out, rank = Path(source), Path(out), rank if mode == "lora" else 0
     try:
         splits = {row.split for row in read_manifest(manifest)} if manifest.suffix == ".jsonl" else set()
@@ -602,8 +605,8 @@ def finetune(
     system = derive(base, out)
     like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
     options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank)}
-    if like == "nano" and task(name).takes_prompt and not task(name).like:  # prompts are whole other recordings
-        options |= {"joined": 0.5} if task(name).takes_text else {"passes": 4}
+    if like == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
+        options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}

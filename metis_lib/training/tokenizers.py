@@ -239,7 +239,8 @@ class SemanticTraining(Objective):
         assert head is not None
         with torch.autocast(features.device.type, enabled=False):
             hidden = features.float() * frozen.encoder.var.sqrt() + frozen.encoder.mean
-            return F.linear(hidden, head.weight.detach(), head.bias.detach()).log_softmax(-1)
+            weight, bias = (p.detach().to(hidden.device) for p in (head.weight, head.bias))  # no part of the module
+            return F.linear(hidden, weight, bias).log_softmax(-1)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """Frames."""

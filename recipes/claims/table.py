@@ -196,7 +196,9 @@ def export_part(lab: Lab, folder: str | Path, only: str) -> list[dict[str, Any]]
     mine = used_by(lab, {row["id"] for row in rows})
     results = {kind: {name: x for name, x in found.items() if name in mine} for kind, found in results.items()}
     about = _about(lab, results)
-    old = {name: record.read_json(folder / f"{name}.json") for name in ("claims", "arms", "decode", "run")}
+    old: dict[str, Any] = {}
+    for name in ("claims", "arms", "decode", "run"):
+        old[name] = record.read_json(folder / f"{name}.json")
     if old["run"]:
         claims = all_claims(lab)
         wanted, known = used_by(lab, {c.id for c in claims}), {row["id"]: row for row in (*old["claims"], *rows)}

@@ -139,7 +139,7 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
         values, rate = source
         if not isinstance(rate, Real) or not math.isfinite(rate):
             raise MetisError("give (samples, rate), the sample rate a number of Hz")
-        rate = int(rate)
+        rate = int(float(rate))
     elif isinstance(source, (Tensor, np.ndarray)):
         values, rate = source, sample_rate
     else:

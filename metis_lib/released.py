@@ -105,8 +105,8 @@ class Released:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        have = [name for name in TASKS if self.on_hub or any(self._whole(name, kind) for kind in variants(name))]
-        return tuple(have)
+        known = [name for name in TASKS if f"{name}_full" in FILES]  # not those of METIS_TASKS
+        return tuple(name for name in known if self.on_hub or any(self._whole(name, kind) for kind in variants(name)))
 
     # where the files are
 

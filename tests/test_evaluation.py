@@ -18,6 +18,8 @@ import pytest
 import torch
 
 from metis_lib import audio
+from metis_lib.checkpoints import TaskConfig, save_part
+from metis_lib.config import AcousticCodecConfig
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import judges, metrics, record, report, runner, scoring, statistics, systems
 from metis_lib.evaluation.metrics import MetricFailure
@@ -332,11 +334,13 @@ def test_the_nearer_voice_and_words_of_clear_inputs(tmp_path: Path, monkeypatch:
 
     quiet = {"clean": 1.0, "noisy": 1.0, "made": 1.0}
     enhanced = [clip_of(tmp_path, "se", i, quiet, extra={"snr_db": snr}) for i, snr in enumerate((10.0, 9.9, 15.0))]
-    lost = systems.Clip(clip_of(tmp_path, "se", 3, quiet, extra={"snr_db": 20.0}).item, "nano", 0, None, error="why")
-    rows = scoring.score([*enhanced, lost], verdicts=verdicts)
-    assert [row.get("wer_10db", "not asked") for row in rows] == [0.5, "not asked", 0.5, None]
-    entry = statistics.summarise(rows, "se")["nano"]["wer_10db"]
-    assert (entry["mean"], entry["n"], entry["n_failed"]) == (0.5, 2, 1)
+    given = [clip_of(tmp_path, "se", i, quiet, extra={"snr_db": snr}).item for i, snr in ((3, 20.0), (4, 0.0))]
+    lost = [systems.Clip(item, "nano", 0, None, error="why") for item in given]
+    rows = scoring.score([*enhanced, *lost], verdicts=verdicts)
+    assert [row.get("wer_10db", "not asked") for row in rows] == [0.5, "not asked", 0.5, None, "not asked"]
+    found = statistics.summarise(rows, "se")["nano"]
+    assert (found["wer_10db"]["mean"], found["wer_10db"]["n"], found["wer_10db"]["n_failed"]) == (0.5, 2, 1)
+    assert all(found[key]["n_failed"] == 2 for key in ("wer", "wer_corpus", "stoi", "rtf"))
 
 
 def test_controls_are_other_voices_and_prompts_other_recordings() -> None:
@@ -353,6 +357,111 @@ def test_a_test_set_with_other_recordings_is_another_one(tmp_path: Path) -> None
     assert record.testset_hash(folder) == before
     audio.write(next(folder.glob("noisy-*.flac")), voice(0.7, 24_000), 24_000)
     assert record.testset_hash(folder) != before
+
+
+def own_files(folder: Path) -> Path:
+    """What looks like a system of ours with enhancement; its weights are no weights."""
+    save_part(folder / "acoustic_codec", {"x": torch.zeros(1)}, AcousticCodecConfig())
+    save_part(folder / "tasks" / "se", {"x": torch.zeros(1)}, TaskConfig("se"))
+    return folder
+
+
+def test_every_checkpoint_of_a_run_counts(tmp_path: Path, monkeypatch: Any) -> None:
+    """A row that was trained anew, or a changed file of METIS_TASKS, is another run; both are told by run.json."""
+    testset, mine = small_set(tmp_path / "set"), str(own_files(tmp_path / "mine"))
+    rows = ["noisy", "nano", mine]
+
+    def key(*names: str, task: str = "se") -> str:
+        return runner.unit_key(task, {"systems": [*names]}, "nano", testset / "manifest.jsonl")
+
+    def clips(items: Any, *_: Any, **__: Any) -> list[systems.Clip]:
+        return [systems.Clip(item, name, None, item.clean) for item in items for name in ("noisy", "nano", "mine")]
+
+    def told() -> dict[str, Any]:
+        runner.run_task("se", testset=testset, out=tmp_path / "out", systems=rows)
+        return json.loads((tmp_path / "out" / "se" / "run.json").read_text())
+
+    monkeypatch.setattr(runner, "produce", clips)
+    monkeypatch.setattr(scoring, "choose", lambda *_: {})
+    monkeypatch.delenv("METIS_TASKS", raising=False)
+    before, omni = [key("noisy"), key(*rows), key("noisy", f"{mine}-omni")], key("se", task="omni")
+    run = told()
+    assert list(run["checkpoints"]) == ["nano", mine] and run["task_files"] == {}
+    assert run["checkpoints"]["nano"]["checkpoint_sha256"] == run["checkpoint_sha256"]
+    save_part(Path(mine) / "tasks" / "se", {"x": torch.ones(1)}, TaskConfig("se"))
+    after = [key("noisy"), key(*rows), key("noisy", f"{mine}-omni")]
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False, False]
+    assert told()["checkpoints"][mine] != run["checkpoints"][mine] and key("se", task="omni") == omni
+
+    item, file = speech("codec")[0], tmp_path / "own.py"
+    seen = []
+    for text in (None, "one = 1", "one = 2"):
+        if text:
+            file.write_text(text)
+            monkeypatch.setenv("METIS_TASKS", str(file))
+        maker = systems.Systems("debug")
+        parts = (key("noisy"), maker.about("debug"), maker.key("resynthesis", item), told()["task_files"])
+        seen.append([json.dumps(part) for part in parts])
+    assert "task_files" not in json.loads(seen[0][1])  # what was made before stays
+    assert all(len(set(states)) == 3 for states in zip(*seen, strict=True))
+
+
+def test_published_weights_have_hashes(tmp_path: Path, monkeypatch: Any) -> None:
+    """In a folder by the files that would be used, beside it and below; nothing is read but bytes."""
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    folder, places = tmp_path / "metis", ("metis_se/metis_se.safetensors", "../MaskGCT/t2s_model/model.safetensors")
+    places += ("metis_l2s/vis_model.pth", "metis_l2s/vis_model.json", "config.json", "notes.txt")
+    for text, place in enumerate(places):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_text(f"{{{text}")
+    before = record.checkpoint_hashes(str(folder))
+    assert list(before) == ["checkpoint_sha256", "config_sha256", "variants"] and all(before.values())
+    assert (before["variants"]["se"], before["variants"]["tse"]) == ("full", "lora")
+    assert record.checkpoint_hashes(str(folder)) == before
+    changed = {}
+    for place in places:
+        old = (folder / place).read_text()
+        (folder / place).write_text("another")
+        found = record.checkpoint_hashes(str(folder))
+        changed[place] = [key for key in before if found[key] != before[key]]
+        (folder / place).write_text(old)
+    assert [*changed.values()] == [["checkpoint_sha256"]] * 3 + [["config_sha256"]] * 2 + [[]]
+
+
+def test_published_weights_of_the_hub_have_revisions_and_nothing_is_fetched(tmp_path: Path, monkeypatch: Any) -> None:
+    import socket
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    empty = record.checkpoint_hashes("amphion/metis")
+    assert empty["checkpoint_sha256"] is None and empty["revisions"] == [] and empty["variants"]["vc"] == "full"
+    for repo, ref, commit, path in (
+        ("amphion--metis", "main", "a" * 40, "metis_base/model.safetensors"),
+        ("amphion--metis", "refs/pr/9", "b" * 40, "metis_vc/metis_vc.safetensors"),
+        ("facebook--w2v-bert-2.0", "main", "c" * 40, "model.safetensors"),
+    ):
+        for file, text in ((Path("refs", ref), commit), (Path("snapshots", commit, path), "x")):
+            (tmp_path / "hub" / f"models--{repo}" / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "hub" / f"models--{repo}" / file).write_text(text)
+    found = record.checkpoint_hashes("amphion/metis")
+    known = (f"amphion/metis@{'a' * 40}", f"amphion/metis@{'b' * 40}", f"facebook/w2v-bert-2.0@{'c' * 40}")
+    assert found["revisions"] == [*known] and found["checkpoint_sha256"] is None
+    put = tmp_path / "home" / "released" / "metis_se" / "metis_se.safetensors"
+    put.parent.mkdir(parents=True)
+    put.write_text("x")
+    assert record.checkpoint_hashes("amphion/metis")["checkpoint_sha256"]
+    assert not any(record.checkpoint_hashes(name).get("checkpoint_sha256") for name in ("debug", "no/such/name"))
+    assert record.checkpoint_hashes("a bad/name!")["revisions"] == [known[2]]  # no name that a hub could have
+
+
+def test_fixed_systems_of_another_dtype_are_made_again() -> None:
+    item = speech("codec")[0]
+    keys = [systems.Systems("debug", dtype=dtype).key("stage2", item) for dtype in ("float32", "bfloat16")]
+    assert keys[0] != keys[1]
 
 
 @pytest.mark.parametrize(

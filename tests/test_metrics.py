@@ -295,7 +295,8 @@ class Strict(judges.Judge):
 def test_one_failure_does_not_take_the_batch_down(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.wav" for index in range(6)]
     for index, path in enumerate(paths):
-        soundfile.write(path, np.full(8_000 + index, 0.95 if index == 1 else 0.1), 16_000)
+        tone = np.sin(0.5 * np.pi * np.arange(8_000 + index))  # a constant would be silence
+        soundfile.write(path, (0.95 if index == 1 else 0.1) * tone, 16_000)
     paths[2].write_bytes(b"no audio")
     verdicts, judge = scoring.Verdicts(tmp_path / "cache"), Strict()
     found = verdicts.many(judge, [*paths, paths[0]])

@@ -304,6 +304,20 @@ def test_the_same_judge_and_test_set_bear_no_dagger(tmp_path: Path) -> None:
         paper.read_run(tmp_path)
 
 
+def test_nisqa_is_the_papers_only_where_its_rate_is_known() -> None:
+    """Ours hears 16 kHz, which the paper states for enhancement alone."""
+    entry = {"mean": 4.0, "ci95": None, "n": 1, "n_failed": 0, "protocol": metrics.protocol("nisqa", "paper")}
+    tasks = ("vc", "tse", "se", "l2s")
+    run = paper.Run("run", Path(), {task: {"mymodel": {"nisqa": entry}} for task in tasks}, {"testset": "human"})
+    same: dict[int, set[bool]] = {}
+    for table in paper.tables():
+        for one in paper.records(table, [run]):
+            if one["of"] == "run":
+                same.setdefault(table["table"], set()).add(one["same_judge"])
+                assert one["same_judge"] == one["test_set"].startswith("DNS 2020")
+    assert same == {2: {False}, 3: {False}, 4: {True}, 5: {False}, 6: {False}, 8: {False}, 11: {True, False}}
+
+
 # --- pictures and failures -------------------------------------------------------------------------------
 
 

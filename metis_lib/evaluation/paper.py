@@ -98,9 +98,10 @@ def records(table: dict[str, Any], runs: Sequence[Run] = ()) -> list[dict[str, A
         for run in (run for run in runs if _language(run) == about["language"]):
             used = [c for c in columns if any(row["values"].get(c["key"]) for row in part["rows"])]
             same_set = about["published"] and _testset(run) == part["testset"]
-            for system, entries in run.summary.get(part.get("task") or table["task"], {}).items():
+            task = part.get("task") or table["task"]
+            for system, entries in run.summary.get(task, {}).items():
                 mine = base | {"of": run.name, "system": system, "data": None, "same_test_set": same_set}
-                found += [mine | ours for column in used if (ours := _ours(column, entries))]
+                found += [mine | ours for column in used if (ours := _ours(column, entries, task))]
     return found
 
 
@@ -113,9 +114,10 @@ def _language(run: Run) -> str:
     return index()["testsets"].get(_testset(run), {}).get("language") or run.about.get("language", "en")
 
 
-def _ours(column: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any] | None:
+def _ours(column: dict[str, Any], entries: dict[str, Any], task: str) -> dict[str, Any] | None:
     """Our number for a column of the paper, or None."""
     judge, key = index()["protocols"][column["protocol"]], column["key"]
+    same = (*judge["same"], *judge.get("same_in", {}).get(task, ()))
     entry = next((entries[name] for ours in judge["ours"] if (name := ours.format(key=key)) in entries), None)
     if entry is None:
         return None
@@ -123,7 +125,7 @@ def _ours(column: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any] | N
     value, low, high = (None if x is None else round(x * column["scale"], 4) for x in (mean, *interval))
     return {
         "metric": key, "protocol": entry["protocol"], "value": value, "low": low, "high": high, "n": entry["n"],
-        "n_failed": entry["n_failed"], "same_judge": entry["protocol"].startswith(tuple(judge["same"])),
+        "n_failed": entry["n_failed"], "same_judge": entry["protocol"].startswith(same),
     }  # fmt: skip
 
 
@@ -180,7 +182,7 @@ def _notes(table: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
     judges = {id: index()["protocols"][id]["judge"] for id in ids}
     notes = [f"{', '.join(labels[id])}{of[id]} in the paper ({id}): {judges[id]}." for id in ids]
     for one in {one["protocol"]: one for one in ours}.values():
-        mark = "" if one["same_judge"] else "† Not the paper's judge. "
+        mark = "" if one["same_judge"] else "† Not the paper's judge, or not known to be. "
         notes.append(f"{mark}{one['protocol']}: {PROTOCOLS.get(one['protocol'], 'see the run')}.")
     if any(not one["same_test_set"] for one in ours):
         notes.append("‡ Not the paper's test set, or not known to be: not comparable with its numbers.")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -61,16 +64,70 @@ def code_hash(*names: str) -> str:
     return sha256_files((file for file in files if file.suffix in (".py", ".json")), PACKAGE)
 
 
-def checkpoint_hashes(checkpoint: str) -> dict[str, str | None]:
-    """Hashes of a system's weights and configurations (None: a system without files, such as debug)."""
-    from metis_lib.checkpoints import locate
+def task_files() -> dict[str, str]:
+    """Hashes of the files that ``METIS_TASKS`` names: code that lies outside the package."""
+    paths = filter(None, os.environ.get("METIS_TASKS", "").split(os.pathsep))
+    return {path: sha256_file(path) for path in paths}
+
+
+def checkpoint_hashes(checkpoint: str) -> dict[str, Any]:
+    """Hashes of a system's weights and configurations (None: a system without files, such as debug).
+
+    Of published weights also the ``variants`` that tasks take by default and, under a hub's name, the ``revisions``.
+    """
+    from metis_lib.checkpoints import locate, own_system
 
     kinds = {"checkpoint_sha256": "*.safetensors", "config_sha256": "*.json"}
     try:
+        if not own_system(checkpoint):
+            return _released_hashes(checkpoint)
         folder = locate(checkpoint)
     except MetisError:
         return dict.fromkeys(kinds)
     return {key: sha256_files(folder.rglob(pattern), folder) for key, pattern in kinds.items()}
+
+
+def _released_hashes(where: str) -> dict[str, Any]:
+    """The files that are here and would be used, hashed under their names of :data:`metis_lib.released_files.FILES`.
+
+    Nothing is fetched.  What the hub's client keeps is told by its revisions, known once it was fetched.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from metis_lib.released import Released
+    from metis_lib.released_files import FILES, TABLES
+
+    place = Released(where, local_files_only=True)
+    weights = {name: path for name in FILES if (path := place.find(name))}
+    configs = {name: place.folder / name for name in ("config.json", *TABLES)}
+    if "lips" in weights:
+        configs["lips"] = weights["lips"].with_suffix(".json")
+    found: dict[str, Any] = {"checkpoint_sha256": _sha256_named(weights), "config_sha256": _sha256_named(configs)}
+    found["variants"] = {file.task: place.variant(file.task, None) for file in FILES.values() if file.task}
+    if place.on_hub:
+        revisions = set()
+        for file in FILES.values():
+            repo = place.name if file.repo == "amphion/metis" else file.repo
+            for revision in (None, file.revision or None):
+                with contextlib.suppress(ValueError):  # no name that a hub could have
+                    kept = try_to_load_from_cache(repo, file.path, revision=revision)
+                    if isinstance(kept, str):
+                        revisions.add(f"{repo}@{Path(kept).parents[file.path.count('/')].name}")
+        found["revisions"] = sorted(revisions)
+    return found
+
+
+def _sha256_named(paths: dict[str, Path]) -> str | None:
+    """SHA-256 over names and contents of the files that are there; None where there is none."""
+    stats = {name: path.stat() for name, path in paths.items() if path.is_file()}
+    hashes = {name: _sha256_unchanged(paths[name], s.st_size, s.st_mtime_ns) for name, s in stats.items()}
+    return sha256_of(hashes) if hashes else None
+
+
+@functools.lru_cache
+def _sha256_unchanged(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file, read once while size and time stay: published weights have gigabytes, tasks ask in turn."""
+    return sha256_file(path)
 
 
 def _version(package: str) -> str | None:

@@ -31,6 +31,7 @@ from metis_lib.evaluation.statistics import summarise
 from metis_lib.evaluation.systems import (
     Item,
     Systems,
+    checkpoints_of,
     choose_systems,
     label,
     load_items,
@@ -110,6 +111,8 @@ def run_task(
         "device": used, "verdicts": {"computed": verdicts.computed, "reused": verdicts.reused},
         "wall_s": round(time.perf_counter() - started, 2), **record.peak_memory(),
         **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
+        "checkpoints": {name: record.checkpoint_hashes(name) for name in checkpoints_of(task, chosen)},
+        "task_files": record.task_files(),
     }  # fmt: skip
     record.write_json(Path(out) / task / "run.json", run)
     return TaskResult(task, items, rows, save(rows, task, out, judges=judges, allow_missing=allow_missing), Path(out))
@@ -230,7 +233,9 @@ def unit_key(task: str, parameters: Mapping[str, Any], checkpoint: str, manifest
     """Hash of everything that a finished notebook depends on, except where it ran."""
     given = {key: value for key, value in parameters.items() if key not in ("out", "device")}
     hashes = [record.sha256_file(task_notebook(task)), record.testset_hash(manifest.parent)]
-    return record.sha256_of([given, hashes, record.code_hash("."), record.checkpoint_hashes(checkpoint)])
+    names = dict.fromkeys([checkpoint, *checkpoints_of(task, parameters["systems"])])
+    weights = {name: record.checkpoint_hashes(name) for name in names}
+    return record.sha256_of([given, hashes, record.code_hash("."), record.task_files(), weights])
 
 
 def evaluate(

@@ -141,8 +141,17 @@ def summarise(rows: Sequence[dict[str, Any]], task: str, judges: str = "offline"
     return summary
 
 
+def _asked(row: dict[str, Any], key: str) -> bool:
+    """Whether a metric was asked of a row: scoring then writes at least a null.
+
+    Where nothing was made, it writes none for what systems tell of themselves (such as the real-time factor).
+    """
+    told = {"seconds_to_make", "measured"} & {*metrics.SPECS[key].needs}
+    return key in row or key == "wer_corpus" or bool(told and row.get("error"))
+
+
 def _entry(rows: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
-    rows = [row for row in rows if key in row or row.get("error") or key == "wer_corpus"]  # those that were asked
+    rows = [row for row in rows if _asked(row, key)]
     pairs = [(row, value) for row in rows if (value := _value(row, key)) is not None]
     entry: dict[str, Any] = {"mean": None, "ci95": None, "n": len(pairs), "n_failed": len(rows) - len(pairs)}
     entry |= {"unit": None, "seeds": len({row["seed"] for row in rows}), "seed_sd": None}

@@ -179,6 +179,8 @@ class Systems:
         self._nsnet2, self._loaded = NSNet2(), dict[str, Metis]()
         self._hashes = record.checkpoint_hashes(checkpoint)
         self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
+        files = record.task_files()
+        self._tasks = {"task_files": files} if files else {}
 
     def metis(self, checkpoint: str | None = None) -> Metis:
         """A model, loaded once."""
@@ -217,7 +219,7 @@ class Systems:
                 parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options, "seed": self.seed}
             if system == "still" and item.video:
                 parts |= {"video": record.sha256_file(item.video)}
-            parts |= {"code": self._code["model"], "device": self.device, "name": self.checkpoint, **self._hashes}
+            parts |= self.about(self.checkpoint)
         return record.sha256_of(parts)
 
     def make(self, system: str, item: Item) -> audio.Speech:
@@ -238,7 +240,8 @@ class Systems:
     def about(self, checkpoint: str) -> dict[str, Any]:
         """What the audio of a checkpoint depends on, besides the items."""
         hashes = self._hashes if checkpoint == self.checkpoint else record.checkpoint_hashes(checkpoint)
-        return {"code": self._code["model"], "device": self.device, "dtype": self.dtype, "name": checkpoint, **hashes}
+        given = {"code": self._code["model"], "device": self.device, "dtype": self.dtype, "name": checkpoint}
+        return given | hashes | self._tasks
 
 
 def still(item: Item) -> Any:
@@ -259,6 +262,12 @@ def label(system: str) -> str:
     """How a row is called: of a checkpoint's path only the last part."""
     checkpoint, ending = split_name(system)
     return f"{Path(checkpoint).name}{ending}"
+
+
+def checkpoints_of(task: str, systems: Sequence[str]) -> list[str]:
+    """The checkpoints among a task's rows (of Omni's notebook: none, its rows are tasks)."""
+    fixed = TASKS[task]["systems"] if task in TASKS else systems
+    return list(dict.fromkeys(split_name(name)[0] for name in systems if name not in fixed))
 
 
 def systems_of(task: str, checkpoint: str = "nano") -> list[str]:

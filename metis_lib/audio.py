@@ -89,8 +89,6 @@ def _finish(
         raise MetisError(f"{name}: the recording holds NaN or infinite samples")
     if not np.any(data):
         raise MetisError(f"{name}: the recording is silent (every sample is zero)")
-    if data.std(dtype=np.float64) < 10 ** (SILENT_DB / 20):
-        raise MetisError(f"{name}: the recording is silent (below {SILENT_DB:g} dB RMS)")
     if (peak := float(np.abs(data).max())) > LOUDEST:
         raise MetisError(f"{name}: samples lie in -1..1, not at {peak:.3g}; divide 16-bit numbers by 32768")
     seconds = data.size / rate
@@ -105,7 +103,7 @@ def read(path: str | Path, sample_rate: int, *, min_seconds: float = 0.0, max_se
     """Read an audio file as ``[S]`` at ``sample_rate`` Hz: channels averaged, soxr HQ resampling.
 
     Raises:
-        MetisError: missing, empty, unreadable, NaN, silent, too short or too long (in one line).
+        MetisError: missing, empty, unreadable, NaN, all zero, too short or too long (in one line).
     """
     import soundfile
 

@@ -166,7 +166,7 @@ class Generate(Command):
     def _many(self, source: Path) -> Answer:
         """A folder or a manifest."""
         from metis_lib import bulk
-        from metis_lib.evaluation.record import checkpoint_hashes, code_hash
+        from metis_lib.evaluation.record import checkpoint_hashes, code_hash, task_files
 
         given = {key: value for key, value in self.item().items() if key not in ("source", "video", "text")}
         items = bulk.read_items(self.TASK, source, given, self.output)
@@ -175,8 +175,9 @@ class Generate(Command):
         metis, began = self._metis(), time.monotonic()
         about = {"model": self.model, "dtype": self.dtype, "compat": self.compat, "variant": self.variant}
         about |= {"compile": "yes"} if self.compile else {}
-        if own := checkpoint_hashes(self.model).get("checkpoint_sha256"):
-            about["checkpoint"] = own
+        hashes = checkpoint_hashes(self.model)  # weights, and configurations with the decoding defaults
+        about |= {key: hashes[key] for key in ("checkpoint_sha256", "config_sha256") if hashes[key]}
+        about |= {"task_files": own} if (own := task_files()) else {}
         about["code"] = code_hash("pipeline.py", "generation.py", "models", "tokenizers", "tasks")
 
         def show(done: int, total: int, what: str) -> None:
@@ -741,7 +742,10 @@ class Queue(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Command):
-    """All of nano from packages to scores: corpus, trainings, weights, evaluation; goes on where it was stopped."""
+    """Nano from packages to scores; goes on where it was stopped.
+
+    It makes the corpus, trains the pieces of the queue that are not done, beginning with the shipped weights, writes
+    the parts over these (metis_lib/weights/nano) and evaluates them."""
 
     name: Annotated[Literal["nano"], tyro.conf.Positional] = "nano"
     """Which recipe."""
@@ -749,9 +753,11 @@ class Recipe(Command):
     """Stop the trainings after this time, such as 100m."""
     hours: float = 20.0
     """Synthetic speech of the corpus."""
+    from_scratch: bool = False
+    """All pieces anew, from random weights, in $METIS_HOME/runs/nano-scratch; the shipped weights stay as they are."""
 
     def run(self) -> Answer:
-        done = _recipe("nano.build").build(budget=self.budget, hours=self.hours, say=_say)
+        done = _recipe("nano.build").build(budget=self.budget, hours=self.hours, scratch=self.from_scratch, say=_say)
         text = f"{done['left']} pieces are left to train" if done["left"] else f"nano is ready: {done['sizes']}"
         return Answer(text, done)
 

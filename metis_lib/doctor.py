@@ -133,7 +133,8 @@ def _disk() -> Result:
     detail = f"{free:.0f} GB free at {home}"
     if free < 1:
         return "fail", detail, "free 2 GB, or set METIS_HOME to another disk"
-    return detail if free >= 5 else ("warn", detail + "; corpora need about 5 GB", "")
+    detail += "" if free >= 17 else "; nano's corpus and what its training prepares take 17 GB"
+    return detail if free >= 5 else ("warn", detail, "")
 
 
 def _notebooks() -> Result:

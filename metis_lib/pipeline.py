@@ -336,8 +336,12 @@ class Metis:
     # ------------------------------------------------------------------ tokenizers
 
     def _hear(self, source: Source, shortest: float, longest: float) -> Tensor:
-        """Any source as mono 24 kHz ``[S]``."""
-        return audio.load(source, AUDIO_RATE, min_seconds=shortest, max_seconds=longest)
+        """Any source as mono 24 kHz ``[S]`` with something to hear in it."""
+        wav = audio.load(source, AUDIO_RATE, min_seconds=shortest, max_seconds=longest)
+        if wav.double().std() < 10 ** (audio.SILENT_DB / 20):  # a voice would be made of the hiss
+            name = source if isinstance(source, str | Path) else "recording"
+            raise MetisError(f"{name}: the recording is silent (below {audio.SILENT_DB:g} dB RMS)")
+        return wav
 
     def _hear_both(self, source: Source, shortest: float, longest: float) -> tuple[Tensor, Tensor]:
         """Any source at 24 kHz and at 16 kHz.  As released, the latter comes from the source itself."""

@@ -126,6 +126,16 @@ def test_hints_of_a_batch_are_those_of_its_items():
         assert torch.equal(made.tokens, run(stage1, *nets, [request(*shape)], options)[0].tokens)
 
 
+@pytest.mark.parametrize("muted", ["hiss", "offset"])
+def test_what_nobody_hears_is_refused(debug, tmp_path, muted):
+    """A muted recording is not all zero: it has the dither of its converter, or an offset."""
+    hiss = torch.randint(-1, 2, (24_000,), generator=torch.Generator().manual_seed(0)) / 32768
+    audio.write(tmp_path / "muted.wav", hiss if muted == "hiss" else torch.full((24_000,), 0.2), 24_000)
+    for ask in (debug.enhance, lambda place: debug.convert(hum(1.0), prompt=place)):
+        with pytest.raises(MetisError, match=r"muted.wav: the recording is silent \(below -75 dB RMS\)"):
+            ask(str(tmp_path / "muted.wav"))
+
+
 def test_traces_show_every_iteration(debug):
     debug.enhance(hum(1.0), steps=5)
     trace = debug.traces["ssl"]

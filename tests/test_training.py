@@ -1153,6 +1153,46 @@ def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_p
     assert not (tmp_path / "more").exists()
 
 
+def test_the_recipe_from_scratch_begins_with_nothing_and_leaves_the_shipped_weights(small_queue, tmp_path, monkeypatch):
+    from recipes.nano import build
+
+    path, manifest = small_queue
+    home, shipped = queue.metis_home(), tmp_path / "shipped"
+    shutil.copytree(home / "runs/little", shipped / "little")
+    (shipped / "little/decode.json").write_text("{}")
+    for module in (queue, build):
+        monkeypatch.setattr(module, "SHIPPED", shipped)
+    shutil.copytree(manifest.parent, home / "corpora/little")
+    (home / "corpora/little/ALL_READY").touch()
+    models = ("ssl", "acoustic", "semantic", "stage1", "se", "se")
+    done = {"state": "done", "steps": 7, "frames": 7, "cpu_hours": 7, "score": {"loss": 7}, "device": "H200"}
+    pieces = [{"model": model, "settings": {"steps": 1}, **done} for model in models]
+    pieces[4] |= {"rank": 8}
+    pieces[5] |= {"rank": 2}  # goes on from rank 8
+    queue.write(path, {**queue.read(path), "pieces": pieces})
+    kept = [file for folder in (shipped, home / "runs/little") for file in folder.rglob("*.*")]
+    before = {file: file.read_bytes() for file in kept}
+    asked = []
+    monkeypatch.setattr(build, "results", lambda **options: asked.append(options))
+    assert build.build(path, budget="0.001s", scratch=True)["left"] == len(pieces)
+    grown = home / "runs/little-scratch"
+    entries = queue.read(grown / "queue.json")["pieces"]
+    assert [set(entry) for entry in entries] == [{"model", "settings"}] * 4 + [{"model", "settings", "rank"}] * 2
+    assert not list(grown.rglob("*.safetensors"))
+    say = []
+    assert build.build(path, scratch=True, say=say.append)["left"] == 0
+    assert sum(line.startswith("piece") and "from step 0 to 1" in line for line in say) == len(pieces)
+    parts = {str(file.parent.relative_to(grown)) for file in grown.rglob("model.safetensors")}
+    assert parts == {"ssl", "acoustic_codec", "semantic_codec", "stage1", "tasks/se"}  # no lips, which are shipped
+    assert all(entry["state"] == "done" and entry["steps"] == 1 for entry in queue.read(grown / "queue.json")["pieces"])
+    assert (grown / "decode.json").is_file()
+    assert build.build(path, scratch=True)["left"] == 0  # nothing is done twice
+    assert {file: file.read_bytes() for file in before} == before
+    assert all(entry["steps"] == 7 for entry in queue.read(path)["pieces"])
+    for options in asked:
+        assert options["model"] == str(grown) and grown in options["out"].parents and grown in options["runs"].parents
+
+
 @pytest.mark.evaluation
 def test_results_of_several_test_sets_are_one_document(tmp_path):
     from recipes.nano import build
@@ -1304,6 +1344,8 @@ def test_unknown_options_and_settings_are_named(job_of):
         recipes.train(replace(job_of("acoustic"), options={"adversarial_form": 5}))
     with pytest.raises(MetisError, match="must not be 'none'"):
         recipes.train(replace(job_of("acoustic"), options={"adversarial_from": "none"}))
+    with pytest.raises(MetisError, match="unknown task 'sse'; choose one of tts"):
+        recipes.finetune("sse", "nothing.jsonl", "nowhere")
     with pytest.raises(MetisError, match="unknown training settings: step"):
         recipes.settings_for("ssl", "nano", step=5)
     for bad in ({"steps": 0}, {"seed": -1}, {"lr": -1.0}):

@@ -1,7 +1,9 @@
-"""All of nano, from packages to scores, in order; it goes on where it was stopped.
+"""Nano from packages to scores, in order; it goes on where it was stopped.
 
-``metis train recipe nano`` does everything: the corpus, the queue of trainings, the weights into their place, the test
-sets, the evaluation.  ``make results`` does the last two for the weights that are in place.
+``metis train recipe nano`` makes the corpus, trains the pieces of the queue that are not done, beginning with the
+shipped weights, puts the parts in their place (``metis_lib/weights/nano``), makes the test sets and evaluates.  With
+``--from-scratch`` it trains every piece of the queue anew, in a folder of its own.  ``make results`` does the last two
+for the weights that are in place.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def ship(source: Path, target: Path = SHIPPED / "nano") -> dict[str, int]:
     sizes = {part: sum(file.stat().st_size for file in found) for part, found in files.items()}
     if sum(sizes.values()) > LIMIT:
         raise MetisError(f"{sum(sizes.values()) / 1e6:.1f} MB of weights; at most {LIMIT / 1e6:.0f} MB are shipped")
-    for part, found in files.items():
+    for part, found in files.items() if target != source else ():
         folder = target / part
         folder.mkdir(parents=True, exist_ok=True)
         for file in found:
@@ -96,7 +98,7 @@ def write_page(out: Path = record.ROOT / "results" / "nano") -> Path:
     """What was asked of nano (:mod:`recipes.nano.bars`) and the tables of the synthetic test sets.
 
     They come from ``summary.json`` and ``run.json`` in ``out`` and go between the markers of the ``README.md`` above;
-    the table of the human set stands in the repository's README (``metis evaluate --update-readme``).
+    the table of the human set stands in the repository's README (``metis report results/nano/human --readme``).
     """
     summaries, about = (json.loads((out / name).read_text()) for name in ("summary.json", "run.json"))
     parts = [
@@ -131,32 +133,60 @@ def omni_of(folder: Path) -> dict[str, Any]:
     }
 
 
+def from_scratch(path: Path = QUEUE) -> Path:
+    """A copy of a queue of which nothing is done, in the folder where its system grows (``runs/NAME-scratch``).
+
+    No weights of that name are shipped, so its parts begin at random; the decoding defaults of the shipped system are
+    copied.  A copy that is there goes on.
+    """
+    found = queue.read(path)
+    shipped = SHIPPED / found["system"] / "decode.json"
+    found["system"] += "-scratch"
+    copy = queue.home(found) / "queue.json"
+    if not copy.is_file():
+        reached = ("state", "steps", "score", "cpu_hours", "frames", "device")
+        found["pieces"] = [{k: v for k, v in entry.items() if k not in reached} for entry in found["pieces"]]
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if shipped.is_file():
+            shutil.copyfile(shipped, copy.with_name("decode.json"))
+        queue.write(copy, found)
+    return copy
+
+
 def build(
     path: Path = QUEUE, *, budget: str | None = None, hours: float = 20.0, workers: int = 2,
-    target: Path = SHIPPED / "nano", judge: bool = True, say: Say = print,
+    target: Path = SHIPPED / "nano", judge: bool = True, scratch: bool = False, say: Say = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Corpus, trainings, weights, scores; what is done is not done again.
+    """Corpus, the trainings that the queue has open, weights, scores; what is done is not done again.
 
     Args:
         budget: time for the trainings; where it ends before they do, the rest is left for the next call.
         hours: synthetic speech of the corpus.
         target: where the weights go.
         judge: evaluate them too.
+        scratch: all trainings from random weights (:func:`from_scratch`): the parts stay in the folder where they
+            grow, and ``results/`` and ``evaluation/`` lie beside them; ``target`` is not written to.
 
     Returns:
         ``left`` (pieces not trained yet), ``sizes`` of the parts and ``summary`` once nothing is left.
     """
     began = time.monotonic()
-    if not (metis_home() / "corpora" / queue.read(path)["system"] / "ALL_READY").is_file():
+    speech, judged = metis_home() / "corpora" / queue.read(path)["system"], dict[str, Any]()
+    if not (speech / "ALL_READY").is_file():
         corpus.prepare_nano(hours_synthetic=hours, workers=workers, say=say)
+    if scratch:
+        path = from_scratch(path)
+        target = path.parent
+        judged = {"out": target / "results", "model": str(target), "runs": target / "evaluation"}
     while (number := queue.next_piece(queue.read(path))) is not None:
         left = None if budget is None else seconds_of(budget) - (time.monotonic() - began)
         if left is not None and left < 1:
             return {"left": sum(entry.get("state") != "done" for entry in queue.read(path)["pieces"])}
-        done = queue.run_next(path, budget=None if left is None else f"{left:.0f}s", say=say)
+        budgeted = None if left is None else f"{left:.0f}s"
+        done = queue.run_next(path, budget=budgeted, manifest=speech / "manifest.jsonl", say=say)
         say(f"piece {number}: {done['model']}, {done['steps']} steps, {done['score']}")
     sizes = ship(queue.home(queue.read(path)), target)
-    return {"left": 0, "sizes": sizes} | ({"summary": results(say=say)} if judge else {})
+    return {"left": 0, "sizes": sizes} | ({"summary": results(say=say, **judged)} if judge else {})
 
 
 if __name__ == "__main__":

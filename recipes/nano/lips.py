@@ -176,6 +176,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     draw(arguments.out / "lips.png")
     result = {
+        "command": "python -m recipes.nano.lips",
         "what": "synthetic lips: drawn from phone timings, no video of people",
         "viseme_classes": {name: phones.split() for name, phones in VISEMES.items()},
         "oracle": measure_oracle(rows),

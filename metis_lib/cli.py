@@ -173,7 +173,8 @@ class Generate(Command):
         if self.output.is_file():
             raise MetisError(f"{self.output} is a file; of many inputs the output is a folder")
         metis, began = self._metis(), time.monotonic()
-        about = {"model": self.model, "dtype": self.dtype, "compat": self.compat, "variant": self.variant}
+        about: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "compat": self.compat}
+        about["variant"] = self.variant
         about |= {"compile": "yes"} if self.compile else {}
         hashes = checkpoint_hashes(self.model)  # weights, and configurations with the decoding defaults
         about |= {key: hashes[key] for key in ("checkpoint_sha256", "config_sha256") if hashes[key]}

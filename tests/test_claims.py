@@ -398,7 +398,7 @@ def test_a_table_with_missing_rows_is_refused(lab, tmp_path):
     empty = {"arms": {}, "decode": {}}
     with pytest.raises(MetisError) as caught:
         table.rows_of(lab, empty)
-    assert "tts-none-full-0.001h-longer-s2" in str(caught.value) and "two-stages" in str(caught.value)
+    assert "tts-none-full-0.01h-longer-s2" in str(caught.value) and "two-stages" in str(caught.value)
     with pytest.raises(MetisError, match="measurements are missing"):
         table.export(replace(lab, home=tmp_path), tmp_path / "out")
     assert not (tmp_path / "out").exists()

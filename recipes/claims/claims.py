@@ -22,8 +22,8 @@ TITLES = {
 }  # fmt: skip
 NAT = 0.02
 """Nats a token below which a difference of cross-entropies does not matter."""
-LONGER = ("tts",)
-"""Tasks whose claim of pre-training is about the longer arms; the shorter ones are shown beside them."""
+LONGER = {("tts", "many")}
+"""Claims of pre-training (task, ``few`` or ``many`` hours) that are about longer arms; the others are shown beside."""
 RIVAL = "*"
 """In the place of ``a``: the other variant with the lowest mean, the hardest one for the claim."""
 
@@ -88,9 +88,10 @@ def all_claims(lab: Lab) -> list[Claim]:
              "se": "speech enhancement", "l2s": "lip-to-speech"}  # fmt: skip
     seen = lab.tokens / FRAME_RATE / 3600  # at most, for frames are padded
     found = []
-    for task, hours in ((task, hours) for task in names for hours in (few, many)):
+    for task, which in ((task, which) for task in names for which in ("few", "many")):
+        hours = few if which == "few" else many
         sides = (Arm(task, "none", hours=hours), Arm(task, hours=hours))
-        longer = task in LONGER and lab.longer > lab.tokens
+        longer = (task, which) in LONGER and lab.longer > lab.tokens
         told = "" if longer or seen >= hours else f", at most {seen:.2g} h of it seen,"
         found.append(
             Claim(f"pretraining-{task}-{hours:g}",

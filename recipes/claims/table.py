@@ -326,8 +326,8 @@ def show(notebook: str, folder: str | Path = FOLDER, *, lab: Lab | None = None) 
     extra = list(dict.fromkeys(claim.study[0] for claim in mine if claim.study))
     used = {a.id for name in extra for s in lab.seeds for a in seeded(decode.studies(lab)[name].arms, s)}
     long = [
-        {**{k: v for k, v in arm.items() if k not in ("held_out", "hours_used")}, "task": task, "arm": arm["task"],
-         "condition": name, "nats": float(np.mean(values))}
+        {"longer": False, **{k: v for k, v in arm.items() if k not in ("held_out", "hours_used")}, "task": task,
+         "arm": arm["task"], "condition": name, "nats": float(np.mean(values))}
         for arm in arms if arm["id"] in wanted | used
         for task, conditions in arm["held_out"].items() for name, values in conditions.items() if values
     ]  # fmt: skip

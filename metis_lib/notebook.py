@@ -132,9 +132,9 @@ def spectrograms(sources: Mapping[str, audio.Source]) -> Figure:
 
 
 def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when each token was decided") -> Figure:
-    """Masked decoding as a picture: iterations down, frames across, colour = the step that decided a token.
+    """Masked decoding as a picture: steps down, frames across, colour = the step that decided a token.
 
-    ``trace`` is a :class:`metis_lib.models.masked.MaskedTrace`, or the tokens after each iteration,
+    ``trace`` is a :class:`metis_lib.models.masked.MaskedTrace`, or the tokens after each step,
     ``[N, T]`` or ``[N, B, T]`` (the first of the batch is shown), with ``mask_id`` where nothing is decided;
     those cells stay white.
     """
@@ -148,7 +148,7 @@ def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when eac
     figure, axis = plt.subplots(figsize=(8, 0.16 * len(known) + 1.4), layout="constrained")
     extent = (0.0, known.shape[1] / FRAME_RATE, len(known) + 0.5, 0.5)
     image = axis.imshow(shown, aspect="auto", cmap=COLOURS, interpolation="nearest", extent=extent)
-    axis.set(title=title, xlabel="seconds", ylabel="iteration")
+    axis.set(title=title, xlabel="seconds", ylabel="step")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(False)
     figure.colorbar(image, ax=axis, label="decided at", ticks=MaxNLocator(integer=True))

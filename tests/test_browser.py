@@ -221,7 +221,7 @@ def test_the_laboratory_moves_records_and_compares(lab: Lab) -> None:
         panel.get_by_label("seed").first.press("Tab")
         press(page, "Generate A")
         wait(lambda: panel.locator("audio").nth(1).get_attribute("src") != before)
-        assert "seed=7" in panel.locator("pre").inner_text() and "steps=3," in panel.locator("pre").inner_text()
+        assert "seed=7" in panel.locator("pre").inner_text() and "steps=12," in panel.locator("pre").inner_text()
         plays(panel.locator("audio").nth(1))
 
         panel.get_by_role("button", name="Record", exact=True).click()
@@ -246,7 +246,7 @@ def test_the_laboratory_moves_records_and_compares(lab: Lab) -> None:
         press(page, "the first")
         panel.get_by_text("Votes so far on these two settings").wait_for()
         vote = json.loads((out / "votes.jsonl").read_text())
-        assert vote["vote"] == vote["order"][0] and vote["A"]["seed"] == 7 and vote["B"]["steps"] == 2
+        assert vote["vote"] == vote["order"][0] and vote["A"]["seed"] == 7 and vote["B"]["steps"] == 1
         press(page, "Save as a cell")
         wait(lambda: "recordings" in (out / "saved.ipynb").read_text())
 

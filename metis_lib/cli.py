@@ -480,6 +480,7 @@ class Evaluate(Command):
 
     def run(self) -> Answer:
         from metis_lib.evaluation import runner
+        from metis_lib.evaluation.record import read_json
         from metis_lib.evaluation.report import text_table
 
         systems, options = self._systems(), dict(_option(text) for text in self.option)
@@ -492,10 +493,12 @@ class Evaluate(Command):
                 summary = runner.evaluate(self.tasks, systems, testset, out, **given)
             except runner.EvaluationFailed as failure:
                 failed, summary = failure, failure.summary
-            if summary:
-                texts.append((f"{testset}\n" if len(self.testsets) > 1 else "") + text_table(summary))
-            documents[testset] = summary
-            pages.append(out / "index.html")
+            own = read_json(out / "omni" / "summary.json") if "omni" in self.tasks else None  # a folder of its own
+            for found in filter(None, (summary, own)):
+                texts.append((f"{testset}\n" if len(self.testsets) > 1 else "") + text_table(found))
+            documents[testset] = summary | ({"omni": own} if own else {})
+            pages += [out / "index.html"] if summary or not own else []
+            pages += [out / "omni" / "index.html"] if own else []
         if failed:
             _say("\n\n".join(texts))
             raise failed

@@ -17,7 +17,7 @@ from metis_lib.evaluation import record
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage2 import Stage2
 from metis_lib.training import data
-from recipes.claims import arms, decode, probes, queue, table
+from recipes.claims import __main__, arms, decode, probes, queue, table
 from recipes.claims.arms import Arm, Lab, first, held_out, result_of, sources, train
 from recipes.claims.claims import RIVAL, TITLES, Claim, all_claims, seeded, verdict
 from tests.training_jobs import DEBUG, make_corpus, make_system
@@ -306,6 +306,19 @@ def test_bad_laboratories_are_refused():
             Lab.of(**wrong)
 
 
+def test_what_a_notebook_measures_otherwise_is_kept_apart(tmp_path):
+    usual, root = Lab.of("ablate"), record.ROOT
+    mine = Lab.for_notebook("ablate", "results/runs/x", seeds=[0, 1, 2])
+    assert mine == usual == Lab.for_notebook("ablate", tmp_path)
+    for given in ({"tokens": 5000}, {"system": "metis_lib/weights/nano"}, {"seeds": [0, 1]}, {"manifest": "m.jsonl"}):
+        other = Lab.for_notebook("ablate", "results/runs/x", **given)
+        assert other.home == root / "results" / "runs" / "x" / "measured"
+        assert Lab.for_notebook("ablate", "x", home="here", **given) == replace(other, home=root / "here")
+    other = Lab.for_notebook("paper", tmp_path, system="metis_lib/weights/nano", manifest=str(tmp_path / "m.jsonl"))
+    assert other.system == root / "metis_lib" / "weights" / "nano" and other.manifest == tmp_path / "m.jsonl"
+    assert other.home == tmp_path / "measured" and other.frames == Lab.of("paper").frames
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -480,6 +493,24 @@ def test_a_part_takes_its_place_in_a_table_that_is_there(lab, tmp_path, monkeypa
         table.export_part(lab, tmp_path, "nothing")
 
 
+def test_the_page_shows_the_committed_table_where_it_is_whole(tmp_path, monkeypatch):
+    rows = [dict.fromkeys(("verdict", "ci95", "claim"), "") | {"id": c.id, "effect": 0.0} for c in all_claims(Lab.of())]
+    made, pages = {"rows": rows}, []
+    monkeypatch.setattr(table, "FOLDER", tmp_path)
+    monkeypatch.setattr(table, "export_part", lambda *_: made["rows"])
+    monkeypatch.setattr(table, "markdown", lambda rows: rows)
+    monkeypatch.setattr(__main__.report, "fill_readme", lambda page, rows: pages.append((page.name, rows)))
+
+    def called(*more):
+        monkeypatch.setattr("sys.argv", ["claims", "table", "--only", "23", *more])
+        return __main__.main()
+
+    assert called() == 0 and pages == [("claims.md", rows)]
+    assert called("--out", str(tmp_path / "elsewhere")) == 0
+    made["rows"] = rows[:-1]
+    assert called() == 0 and len(pages) == 1
+
+
 def test_the_figure_and_what_notebooks_show(lab, tmp_path):
     claim, results = measured(lab, (0.10, 0.14, 0.12))
     row = table.row_of(claim, table.effect_of(claim, results, lab.seeds))
@@ -496,6 +527,9 @@ def test_the_figure_and_what_notebooks_show(lab, tmp_path):
     assert len(shown.missing) == 9 and set(shown.arms["condition"]) == {"told"}
     assert shown.arms["nats"].max() == pytest.approx(4.75)
     assert len(table.design("20", lab)) == 10
+    alone, schedules = table.design("21", lab), table.design("31", lab)
+    assert set(alone["minus b"]) == {"0 (already a difference)"}
+    assert "*" not in "".join(schedules["a"]) and "of the lowest other" in schedules["a"][0]
     page = table.markdown([row, row | {"verdict": "fails"}])
     assert page.startswith("Claims that hold: 1; that fail: 1; undecided: 0.") and page.count("| holds |") == 1
     many = row | {"claim": "With 10 h of data.", "hours_at_hand": [6.0005, 2.11]}

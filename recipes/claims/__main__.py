@@ -11,6 +11,7 @@ from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report
 from recipes.claims import queue, table
 from recipes.claims.arms import SCALES, Lab
+from recipes.claims.claims import all_claims
 
 
 def main() -> int:
@@ -38,7 +39,8 @@ def main() -> int:
             print(f"left: {len(left)}" if left else "everything is measured")
         elif command == "table":
             rows = table.export_part(lab, out, only) if only else table.export(lab, out)
-            if not only and out == table.FOLDER:
+            whole = {row["id"] for row in rows} >= {claim.id for claim in all_claims(lab)}
+            if whole and out.resolve() == table.FOLDER.resolve():
                 report.fill_readme(record.ROOT / "docs" / "claims.md", table.markdown(rows))
             print("\n".join(f"{row['verdict']:9} {row['effect']:+.4f} {row['ci95']} {row['claim']}" for row in rows))
         elif command == "check":

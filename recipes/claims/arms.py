@@ -129,6 +129,27 @@ class Lab:
             raise MetisError(f"the two amounts of labelled data must be hours in rising order, not {lab.hours}")
         return lab
 
+    @classmethod
+    def for_notebook(
+        cls, scale: str, out: str | Path, *, system: str = "", manifest: str = "", tokens: int = 0,
+        seeds: Sequence[int] = (), home: str = "",
+    ) -> Lab:  # fmt: skip
+        """The laboratory of a notebook's parameters: empty ones and 0 are those of the scale, folders are those of the
+        repository.
+
+        Where no ``home`` is given and system, corpus, tokens or seeds are not the scale's, measurements are kept below
+        ``out``: their names are the same, and they would take the place of the usual ones.
+
+        Raises:
+            MetisError: as :meth:`of`.
+        """
+        usual = cls.of(scale)
+        places = {"system": system, "manifest": manifest, "home": home}
+        given: dict[str, Any] = {key: record.ROOT / place for key, place in places.items() if place}
+        lab = cls.of(scale, **given, tokens=tokens or None, seeds=tuple(seeds) or None)
+        same = all(getattr(lab, key) == getattr(usual, key) for key in ("system", "manifest", "tokens", "seeds"))
+        return lab if home or same else replace(lab, home=record.ROOT / out / "measured")
+
     @cached_property
     def sizes(self) -> SystemConfig:
         """The configurations of the system's parts; of those that it lacks, nano's."""

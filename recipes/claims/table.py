@@ -352,7 +352,8 @@ def design(notebook: str, lab: Lab | None = None) -> DataFrame:
             tokens = " / ".join(f"{arm.budget(lab):,}" for arm in claim.arms)
         else:
             name, metric, a, b = claim.study  # type: ignore[misc]
-            a, b, tokens = f"{name}: {metric} of {a}", b or "0", "decoded only"
+            a = "the lowest other" if a == RIVAL else a
+            a, b, tokens = f"{name}: {metric} of {a}", b or "0 (already a difference)", "decoded only"
         rows.append({"id": claim.id, "a": a, "minus b": b, "tokens": tokens, "smallest effect": claim.margin,
                      "rule": claim.rule})  # fmt: skip
     return pandas.DataFrame(rows)

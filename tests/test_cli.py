@@ -382,6 +382,23 @@ def test_a_failed_evaluation_shows_what_was_done_and_is_code_2(monkeypatch, caps
     assert captured.err.splitlines()[-1] == "metis: tts failed; tts: no voice"
 
 
+def test_omni_shows_the_tables_of_its_own_folder(monkeypatch, tmp_path, capsys):
+    from metis_lib.evaluation import runner
+
+    def evaluate(tasks, systems, testset, out, **settings):
+        (out / "omni").mkdir(exist_ok=True)
+        (out / "omni" / "summary.json").write_text(json.dumps(SUMMARY))
+        return {}
+
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    assert cli.main(["evaluate", "--tasks", "omni", f"--out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert "Speech enhancement" in said and said.endswith(f"Listen and read: {tmp_path / 'omni' / 'index.html'}\n")
+    assert cli.main(["evaluate", "--tasks", "omni", f"--out={tmp_path}", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["summary"] == {"omni": SUMMARY} and document["index"].endswith("omni/index.html")
+
+
 def test_the_doctor_exits_with_1_only_if_a_needed_part_fails(monkeypatch, capsys):
     from metis_lib import doctor
 

@@ -491,9 +491,9 @@ class Evaluate(Command):
             out = self.out / Path(testset).name if len(self.testsets) > 1 else self.out
             try:
                 summary = runner.evaluate(self.tasks, systems, testset, out, **given)
-            except runner.EvaluationFailed as failure:
-                failed, summary = failure, failure.summary
-            own = read_json(out / "omni" / "summary.json") if "omni" in self.tasks else None  # a folder of its own
+                own = read_json(out / "omni" / "summary.json") if "omni" in self.tasks else None  # in its own folder
+            except runner.EvaluationFailed as failure:  # what lies in Omni's folder may be of an earlier run
+                failed, summary, own = failure, failure.summary, None
             for found in filter(None, (summary, own)):
                 texts.append((f"{testset}\n" if len(self.testsets) > 1 else "") + text_table(found))
             documents[testset] = summary | ({"omni": own} if own else {})

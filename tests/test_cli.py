@@ -398,6 +398,13 @@ def test_omni_shows_the_tables_of_its_own_folder(monkeypatch, tmp_path, capsys):
     document = json.loads(capsys.readouterr().out)
     assert document["summary"] == {"omni": SUMMARY} and document["index"].endswith("omni/index.html")
 
+    def fails(*arguments, **settings):
+        raise runner.EvaluationFailed("omni failed; omni: no voice", {})
+
+    monkeypatch.setattr(runner, "evaluate", fails)  # tables of an earlier run are not those of this one
+    assert cli.main(["evaluate", "--tasks", "omni", f"--out={tmp_path}"]) == 2
+    assert "Speech enhancement" not in capsys.readouterr().err
+
 
 def test_the_doctor_exits_with_1_only_if_a_needed_part_fails(monkeypatch, capsys):
     from metis_lib import doctor

@@ -809,6 +809,8 @@ class BenchGenerate(Command):
     """Run all decoding steps, not a part of them that is counted up."""
     batch: int = 8
     """Utterances together, for the gain of batches."""
+    batches: tuple[int, ...] = ()
+    """Utterances together, each measured as one batch; on CUDA by default 1 to 64."""
     device: str = "auto"
     """auto, cpu or cuda."""
     compile: bool = False
@@ -817,14 +819,15 @@ class BenchGenerate(Command):
     """Folder for generate-PRESET.json and its plot."""
 
     def run(self) -> Answer:
-        from metis_lib.speed import bench_generate, keep
+        from metis_lib.speed import bench_generate, keep, title_of
 
         left_out = ("preset", "tasks", "json", "out")
         options = {key: value for key, value in vars(self).items() if key not in left_out}
         tasks = [task for word in self.tasks for task in word.split(",") if task]
         found = bench_generate(self.preset, tasks, say=_say, **options)
         if self.out:
-            keep(found, self.out, f"generate-{self.preset}")
+            about = next(iter(found.values()))["about"]
+            keep(found, self.out, f"generate-{title_of(self.preset, about)}")
         figures = {
             task: {key: value for key, value in values.items() if not isinstance(value, dict)}
             for task, values in found.items()
@@ -855,7 +858,7 @@ class BenchTokenise(Command):
     """Folder for tokenise-PRESET.json and its plot."""
 
     def run(self) -> Answer:
-        from metis_lib.speed import bench_tokenise, keep
+        from metis_lib.speed import bench_tokenise, keep, title_of
 
         found = bench_tokenise(
             self.preset, seconds=self.seconds, batch=self.batch, repeats=self.repeats, device=self.device,
@@ -863,7 +866,7 @@ class BenchTokenise(Command):
             say=_say,
         )  # fmt: skip
         if self.out:
-            keep({"tokenise": found}, self.out, f"tokenise-{self.preset}")
+            keep({"tokenise": found}, self.out, f"tokenise-{title_of(self.preset, found['about'])}")
         keys = ("ratio", "ssl_ratio", "times_real_time", "matmul_share")
         lines = [f"{name}: {', '.join(f'{key} {found[key][name]}' for key in keys)}" for name in found["parts"]]
         return Answer("\n".join(lines), found)

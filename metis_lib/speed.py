@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ VARIANTS = ("released", "fp32", "bf16")
 TEXT = "He said that the long day was over, and that they were all going to be home before it was dark again."
 SHARE = {"stage1": 5, "stage2_layer1": 8, "stage2_full": 4}
 """Decoding steps that are run of each stage (of ``stage2_full``: in its first layer, 1 in the others)."""
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
+"""Utterances together, on CUDA."""
 
 
 @contextlib.contextmanager
@@ -217,9 +220,48 @@ def once(
     metis._voices.clear()
     with clock.watch(metis, task):
         jobs = [metis.job(task, {**item, "seed": i}, options) for i in range(batch)]
+        whole = sum(request.size for job in jobs for request in job.requests)  # all in one batch
+        options = replace(options, batch_frames=max(options.batch_frames, whole))
         for job in metis.run(jobs, options):
             metis._finish(job)
     return clock, more
+
+
+def together(
+    metis: Metis, task: str, item: dict[str, Any], full: bool, batch: int, repeats: int, flop: float, rate: float,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:  # fmt: skip
+    """``batch`` utterances in one pass, as often as ``repeats``, after a run that warms up.
+
+    Args:
+        flop: operations of an utterance.
+        rate: of matrix products, FLOP a second.
+
+    Returns:
+        Medians: ``parts`` (seconds), ``seconds`` of them all, ``wall_s``, ``utterances_per_s`` (wall),
+        ``matmul_share`` (operations by ``rate``) and ``peak_mb``, the most memory that was held at once, weights too
+        (on a CPU the process's); or ``error``, where memory ran out.
+    """
+    clocks, memory = [], Clock(metis.device)
+    try:
+        memory.memory(fresh=True)
+        for _ in range(repeats + 1):
+            clock, more = once(metis, task, item, full, batch)
+            clocks.append(clock)
+    except torch.OutOfMemoryError:
+        gc.collect()
+        torch.cuda.empty_cache()
+        say(f"{batch} together: out of memory")
+        return {"error": "out of memory"}
+    clocks = clocks[1:]
+    parts = {part: median(c.took[part] for c in clocks) * more.get(part, 1.0) for part in clocks[0].took}
+    wall = median(sum(value * more.get(part, 1.0) for part, value in c.wall.items()) for c in clocks)
+    say(f"{batch} together: {batch / wall:.2f} a second")
+    return {
+        "seconds": round(sum(parts.values()), 4), "wall_s": round(wall, 4), "utterances_per_s": round(batch / wall, 4),
+        "matmul_share": round(batch * flop / rate / sum(parts.values()), 4),
+        "peak_mb": round(memory.memory() / 1e6, 1), "parts": {part: round(took, 4) for part, took in parts.items()},
+    }  # fmt: skip
 
 
 def agreement(systems: dict[str, Metis], task: str, item: dict[str, Any], steps: int = 4) -> float:
@@ -329,22 +371,28 @@ def _order(name: str) -> Iterator[None]:
 @torch.no_grad()
 def bench_generate(
     preset_name: str = "paper", tasks: Sequence[str] = ("tts", "se"), *, seconds: float = 5.0, prompt: float = 5.0,
-    repeats: int = 3, full: bool = False, batch: int = 8, device: str = "auto", compile: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    repeats: int = 3, full: bool = False, batch: int = 8, batches: Sequence[int] = (), device: str = "auto",
+    compile: bool = False, say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure tasks at a preset's sizes; see the module for the reference.
+
+    ``batches``: how many utterances together; each is measured in bf16 as one batch, by default on CUDA 1 to 64.
 
     Returns:
         For each task: ``bf16_ratio`` and ``fp32_ratio`` (how many times less CPU time than the reference; on a GPU
         less time), ``step_agreement`` (fp32 against the reference at equal states), ``reference_cpu_s``,
         ``matmul_share`` (FLOP by the rate of matrix products in this run, bf16), ``batch_gain`` (throughput of
         ``batch`` utterances together by that of single ones, bf16), ``rtf`` (wall seconds a second of speech, bf16),
-        ``weights_mb`` and what :func:`measure` returns; with ``compile`` a variant ``compiled`` (bf16).  ``about`` says
-        what was asked and where it ran.
+        ``batches`` (of each of them what :func:`together` returns), ``weights_mb`` and what :func:`measure` returns;
+        with ``compile`` a variant ``compiled`` (bf16).  ``about`` says what was asked and where it ran.
     """
     where = pick_device(device)
     if not set(tasks):
         raise MetisError("name at least one task")
+    if min(batch, *batches, 1) < 1:
+        raise MetisError("a batch holds at least one utterance")
+    if where.type == "cuda":
+        batches = batches or BATCHES
     rows, width = round((seconds + prompt) * FRAME_RATE), preset(preset_name).stage1.hidden_size
     about = _about(where, preset=preset_name, seconds=seconds, prompt=prompt, repeats=repeats, full=full, batch=batch)
     out: dict[str, Any] = {}
@@ -374,6 +422,13 @@ def bench_generate(
             "batch_gain": round(batch * sum(few.took.values()) / sum(many.took.values()), 3),
             "rtf": round(values["wall_s"]["bf16"] / seconds, 4),
             **({"compiled_ratio": round(totals["released"] / totals["compiled"], 3)} if compile else {}),
+            "batches": {
+                str(n): together(
+                    found["bf16"], task, item, full, n, repeats, 1e9 * sum(values["gflop"]["bf16"].values()), half,
+                    lambda line: say(f"{task} {line}"),  # noqa: B023
+                )  # fmt: skip
+                for n in sorted(set(batches))
+            },
             "weights_mb": {
                 name: weights_mb(*(m for m in (*vars(metis).values(), metis.task_model(task)) if _is_net(m)))
                 for name, metis in found.items()
@@ -502,7 +557,8 @@ def device_name(device: torch.device) -> str:
 
 
 def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
-    """Write benches by their titles (see :func:`measure`) as ``<name>.json``, with a plot of where the time goes."""
+    """Write benches by their titles (see :func:`measure`) as ``<name>.json``, with a plot of where the time goes, and
+    of what batches gain."""
     import matplotlib.pyplot as plt
     import pandas
 
@@ -513,7 +569,9 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     write_text(path, json.dumps(found, indent=1) + "\n")
     most = max(len(values["parts"]) for values in found.values())
-    figure, axes = plt.subplots(1, len(found), figsize=(max(4.2, 1.3 * most) * len(found), 3.2), squeeze=False)
+    batched = {title: good for title, values in found.items() if (good := _measured(values.get("batches", {})))}
+    size = (max(4.2, 1.3 * most) * len(found), 3.2 * (1 + bool(batched)))
+    figure, axes = plt.subplots(1 + bool(batched), len(found), figsize=size, squeeze=False)
     names = list(dict.fromkeys(p for values in found.values() for parts in values["parts"].values() for p in parts))
     for axis, (title, values) in zip(axes[0], found.items(), strict=True):
         if "fp32_ratio" in values:
@@ -523,6 +581,23 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
         frame.plot.bar(stacked=True, ax=axis, rot=0, legend=axis is axes[0][-1], width=0.7)
         axis.set(title=title, ylabel=values["about"]["unit"], xlabel="")
     axes[0][-1].legend(fontsize=7, frameon=False)
+    for axis, title in zip(axes[-1] if batched else (), found, strict=False):
+        rates = {int(n): b["utterances_per_s"] * found[title]["about"]["seconds"] for n, b in batched.get(title, ())}
+        axis.plot(list(rates), list(rates.values()), marker="o")
+        axis.set(xlabel="utterances together", ylabel="seconds of speech a second", xscale="log", ylim=(0, None))
+        axis.set_xticks(list(rates), [str(n) for n in rates])
+        axis.minorticks_off()
     figure.savefig(path.with_suffix(".png"), dpi=110)
     plt.close(figure)
     return path
+
+
+def _measured(batches: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those that the memory sufficed for."""
+    return [(n, values) for n, values in batches.items() if "error" not in values]
+
+
+def title_of(preset_name: str, about: Mapping[str, Any]) -> str:
+    """Name of a bench's file: the preset, and of a GPU its name, so that none replaces another's."""
+    gpu = about["unit"] != "CPU seconds"
+    return "-".join([preset_name, *re.findall("[a-z0-9]+", about["device"].lower())] if gpu else [preset_name])

@@ -251,19 +251,6 @@ def test_nothing_waits_for_the_device_while_it_decodes(read):
         decoding(stack, read)  # the check sees it
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_nothing_waits_for_the_gpu_while_it_decodes():
-    def predict(tokens, is_masked, step, rows):
-        torch.cuda.set_sync_debug_mode("error")
-        return torch.randn(*rows.shape, 30, device="cuda")
-
-    try:
-        masked.decode(predict, torch.tensor([20, 13], device="cuda"), DecodeSettings(steps=6))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def spoken(model, batch, prompt, frames, cfg):
     """What a model says of random input, utterances of different lengths."""
     noise = torch.Generator().manual_seed(batch + prompt + frames)

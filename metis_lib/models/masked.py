@@ -6,8 +6,11 @@ the released code.  Randomness comes from a ``torch.Generator`` or from a ``nois
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -46,12 +49,32 @@ def still_masked(step: int, steps: int, lengths: Tensor, schedule: str = "cosine
     return (SCHEDULES[schedule](t) * lengths).long()
 
 
+def _pinned(source: torch.device, device: torch.device) -> bool:
+    """Whether what is drawn needs pinned memory: the copy would else wait for all that the GPU has to do."""
+    return source.type == "cpu" and device.type == "cuda"
+
+
+def _gumbel_of(u: Tensor, device: torch.device) -> Tensor:
+    u = u.to(device, non_blocking=_pinned(u.device, device))
+    return -torch.log(-torch.log(u + 1e-10) + 1e-10)
+
+
 def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device) -> Tensor:
     """Standard Gumbel noise, float32.  Drawn where the generator lives, so CPU seeds hold on any device."""
     source = generator.device if generator is not None else device
-    pinned = source.type == "cpu" and device.type == "cuda"  # or the copy would wait for all that the GPU has to do
-    u = torch.rand(shape, generator=generator, device=source, pin_memory=pinned).to(device, non_blocking=pinned)
-    return -torch.log(-torch.log(u + 1e-10) + 1e-10)
+    u = torch.rand(shape, generator=generator, device=source, pin_memory=_pinned(source, device))
+    return _gumbel_of(u, device)
+
+
+def _fill(row: Tensor, n: int, generator: torch.Generator) -> None:
+    """Uniform noise in the first ``n`` of the rows ``[T, ...]``, none in the others."""
+    row[:n].uniform_(generator=generator)
+    row[n:].zero_()
+
+
+@functools.lru_cache(maxsize=1)
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 
 class Draws:
@@ -76,8 +99,12 @@ class Draws:
         """``[B, max(sizes), *width]``, of which each utterance uses the first of ``sizes`` rows."""
         if self.shared:
             return gumbel((len(sizes), max(sizes), *width), self.shared[0], self.device)
-        rows = [gumbel((n, *width), g, self.device) for n, g in zip(sizes, self.own, strict=True)]
-        return rows[0][None] if len(rows) == 1 else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        pinned = _pinned(self.own[0].device, self.device)
+        with torch.inference_mode(False):  # or no other thread could write to it
+            u = torch.empty((len(sizes), max(sizes), *width), device=self.own[0].device, pin_memory=pinned)
+        # A GPU that makes many at once would wait for one thread's random numbers.
+        list((_threads().map if pinned and len(sizes) > 1 else map)(_fill, u, sizes, self.own))
+        return _gumbel_of(u, self.device)
 
 
 def exists(lengths: Tensor, horizon: int) -> Tensor:

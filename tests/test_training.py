@@ -995,6 +995,12 @@ def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypa
         trip.train_there(tmp_path / "pack", ["ssl"], tmp_path / "back", "1m", 15)
 
 
+def test_examples_are_prepared_where_the_training_runs(job_of, monkeypatch):
+    job = replace(job_of("se", steps=1), options={"passes": 1})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # but the CPU was asked for
+    assert recipes.train(job, device="cpu")["finished"]
+
+
 def test_tasks_on_audio_train_from_codes_on_a_bare_machine(workshop, tmp_path, monkeypatch):
     """Codes become waveforms there, and those become examples: by several processes the same as by one."""
     from metis_lib.data.simulate import Rooms

@@ -101,6 +101,7 @@ class Job:
         workers: processes that prepare batches.
         check: held-out batches that validation takes.
         about: facts for the card (data, licence, notes).
+        device: where frozen encoders prepare examples; :func:`train` sets its own (else CUDA where there is one).
     """
 
     model: str
@@ -115,6 +116,7 @@ class Job:
     workers: int = 0
     check: int = 6
     about: dict[str, Any] = field(default_factory=dict)
+    device: str = ""
 
     @property
     def folder(self) -> Path:
@@ -382,7 +384,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
         made_by = "-".join(system_hash(job.out / part)[:8] for part in ("ssl", "semantic_codec", *parts))
         folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
         def encoded(batch: data.Batch) -> data.Batch:
             moved = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
@@ -498,6 +500,7 @@ def train(
     if job.model not in BUILD:
         raise MetisError(f"cannot train {job.model!r}; choose one of {', '.join(BUILD)}")
     fabric = make_fabric(job.settings, device=device, strategy=strategy)
+    job = replace(job, device=str(fabric.device))
     if fabric.world_size > 1 and fabric.global_rank:  # the first process prepares what is missing
         fabric.barrier("prepared")
     torch.manual_seed(job.settings.seed)

@@ -157,8 +157,8 @@ class Clock:
 class Sharing(Random):
     """Random weights of which the SSL encoder has all its layers (``deep``) or those that are needed, shared."""
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
-        super().__init__(name, dtype)
+    def __init__(self, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(name, dtype, device=device)
         self.config = replace(self.config, ssl=replace(self.config.ssl, output_layer=self.config.ssl.num_layers))
 
 
@@ -166,13 +166,14 @@ def systems(preset_name: str, task: str, device: torch.device, compile: bool = F
     """A system a variant; the two in fp32 share their weights."""
     found = {}
     if compile:
-        found["compiled"] = Metis(Random(preset_name, torch.bfloat16), device, compile=True)
+        found["compiled"] = Metis(Random(preset_name, torch.bfloat16, device=device), device, compile=True)
         found["compiled"].load_task(task)
     for name, dtype in (("released", torch.float32), ("bf16", torch.bfloat16)):
-        store = Sharing(preset_name, dtype) if name == "released" else Random(preset_name, dtype)
+        kind = Sharing if name == "released" else Random
+        store = kind(preset_name, dtype, device=device)  # a GPU makes two thousand million numbers at once
         found[name] = Metis(store, device, compat="released" if name == "released" else None)
         found[name].load_task(task)
-    slim = Metis(Random(preset_name), device)
+    slim = Metis(Random(preset_name, device=device), device)
     deep = found["released"]
     vars(slim).update({part: value for part, value in vars(deep).items() if part in Clock.PARTS or part == "stage1"})
     slim._task_models = deep._task_models
@@ -181,7 +182,7 @@ def systems(preset_name: str, task: str, device: torch.device, compile: bool = F
     if "acoustic" in vars(deep):
         slim.acoustic = deep.acoustic
     slim._asked = dict(deep._asked)
-    slim.ssl = Random(preset_name).part("ssl").to(device)  # type: ignore[assignment]
+    slim.ssl = Random(preset_name, device=device).part("ssl").to(device)  # type: ignore[assignment]
     slim.ssl.model.encoder.layers = deep.ssl.model.encoder.layers[: slim.ssl.config.output_layer]
     found["fp32"] = slim
     return found
@@ -475,14 +476,15 @@ def bench_tokenise(
     if wrong or not dtypes or batch < 1 or not shards.LIMITS["min_seconds"] <= seconds <= shards.LIMITS["max_seconds"]:
         raise MetisError("dtypes are float32 and bfloat16, batch is at least 1, seconds lie in 0.2..60")
     sizes = preset(preset_name)
-    released = {name: Random(preset_name).part(name).to(where) for name in ("semantic", "acoustic")}
-    released["ssl"] = Sharing(preset_name, torch.float32).part("ssl").to(where)
-    slim: Any = Random(preset_name).part("ssl").to(where)
+    released = {name: Random(preset_name, device=where).part(name).to(where) for name in ("semantic", "acoustic")}
+    released["ssl"] = Sharing(preset_name, torch.float32, where).part("ssl").to(where)
+    slim: Any = Random(preset_name, device=where).part("ssl").to(where)
     slim.model.encoder.layers = released["ssl"].model.encoder.layers[: sizes.ssl.output_layer]  # type: ignore[union-attr, index]
     sets = {"released": released, "float32": released | {"ssl": slim}}
     if "bfloat16" in dtypes:
         sets["bfloat16"] = {
-            name: Random(preset_name, torch.bfloat16).part(name).to(where, torch.bfloat16) for name in released
+            name: Random(preset_name, torch.bfloat16, device=where).part(name).to(where, torch.bfloat16)
+            for name in released
         }
     for models in sets.values():
         for model in models.values():

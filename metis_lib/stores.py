@@ -159,13 +159,16 @@ def phone_head(folder: Path) -> nn.Linear:
 
 
 class Random:
-    """Random weights of a preset, the same for the same seed: for tests, and to measure speed and memory."""
+    """Random weights of a preset, the same for the same seed (and kind of ``device``, where they are made): for tests,
+    and to measure speed and memory."""
 
     licence = ""
     decode: dict[str, dict[str, Any]] = {}
 
-    def __init__(self, name: str = "debug", dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-        self.name, self.dtype, self.seed = name, dtype, seed
+    def __init__(
+        self, name: str = "debug", dtype: torch.dtype = torch.float32, seed: int = 0, device: str | torch.device = "cpu"
+    ) -> None:
+        self.name, self.dtype, self.seed, self.device = name, dtype, seed, torch.device(device)
         self.config: SystemConfig = preset(name)
 
     @property
@@ -179,7 +182,7 @@ class Random:
             raise MetisError(f"the system {self.name!r} has no weights for the task {task!r}")
 
     def _seeded(self, name: str, build: Any) -> Any:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []), self.device:
             torch.manual_seed(self.seed)
             return build()
 

@@ -692,6 +692,17 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_in_the_end_an_error
     assert torch.isfinite(objective.line.weight).all()
 
 
+def test_freed_memory_is_given_back_now_and_then(monkeypatch, tmp_path):
+    times = []
+    monkeypatch.setattr(loop, "_trim", lambda: times.append(1))
+    for seconds, wanted in ((1e9, 0), (-1.0, 5)):
+        monkeypatch.setattr(loop, "TRIM_SECONDS", seconds)
+        loop.fit(Poisoned(()), Repeat({"x": torch.ones(4, 2)}), TrainSettings(steps=5), tmp_path / str(wanted))
+        assert len(times) == wanted
+    monkeypatch.undo()
+    assert loop._trim() is None
+
+
 def test_out_of_memory_says_what_to_lower(tmp_path):
     class Huge(Poisoned):
         def forward(self, batch, part="model"):

@@ -8,6 +8,7 @@ whole global batch are divided by counts over the whole global batch (Metis equa
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import logging
@@ -31,6 +32,11 @@ from torch import Tensor, nn
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.models.transformer import MaskedTransformer
+
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
+"""Of the thousand products that oneDNN remembers by default few come again, as batches differ in shape: a gigabyte."""
+TRIM_SECONDS = 10.0
+"""How often freed memory is given back."""
 
 
 @dataclass(frozen=True)
@@ -295,6 +301,13 @@ class Average:
 # ---------------------------------------------------------------- the loop
 
 
+def _trim() -> None:
+    """Give freed memory back to the system, where the C library can: batches of other lengths each time leave holes
+    that else grow to gigabytes."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def fit(
     objective: Objective, feed: Any, settings: TrainSettings, folder: str | Path, *, fabric: Any = None,
     budget: str | None = None, first: int = 0, say: Callable[[str], None] = lambda line: None,
@@ -380,6 +393,7 @@ def fit(
         states.save(progress["step"], now | ({"average": average.values} if average else {}), fabric, set(names))
 
     began, cpu_began, saved = time.monotonic(), time.process_time(), time.monotonic()
+    trimmed = began
     totals: dict[str, Tensor | float] = {}
     counted: dict[str, float] = {}
     bad, stopped, batches = 0, False, feed.open(first, fabric.global_rank, fabric.world_size, settings.accumulate)
@@ -444,6 +458,9 @@ def fit(
                 average.update(step)
             progress["step"] += 1
             progress["frames"] += counts.get("frames", 0.0)
+            if time.monotonic() - trimmed > TRIM_SECONDS:
+                _trim()
+                trimmed = time.monotonic()
             stopped = votes[0] > 0
             last = stopped or progress["step"] == settings.steps
             checked = last or (settings.validate_every and progress["step"] % settings.validate_every == 0)

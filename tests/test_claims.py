@@ -1,9 +1,12 @@
 """The claims laboratory: arms run, resume and compare at equal compute; verdicts, effects and probes by hand."""
 
 import itertools
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -286,6 +289,49 @@ def test_every_claim_has_its_first_seed_early_and_all_that_it_needs(lab):
     assert "2 studies" in queue.sheet(lab, "schedule") and "3 studies" in queue.sheet(lab, "30")
     with pytest.raises(MetisError, match="no measurement or claim begins"):
         queue.chosen(lab, "zzz")
+
+
+def test_arms_side_by_side_are_what_they_are_one_by_one(lab, tmp_path):
+    found, said = {}, []
+    for workers in (1, 2):
+        mine = replace(lab, home=tmp_path / str(workers), seeds=(0,))
+        assert queue.run(mine, only="prompts-in-pretraining-tts", workers=workers, say=said.append) == []
+        files = sorted((mine.home / "arms").glob("*.json"))
+        found[workers] = {file.stem: record.read_json(file) for file in files}
+    assert len(found[1]) == 4 and found[1].keys() == found[2].keys()
+    for name, one in found[1].items():
+        assert one["key"] == found[2][name]["key"]
+        for task, scores in one["held_out"].items():
+            for condition, values in scores.items():
+                assert found[2][name]["held_out"][task][condition] == pytest.approx(values, rel=0.01)
+    order = [line.partition(":")[0] for line in said[-4:]]
+    assert set(order[:2]) == {"pretrained-s0", "pretrained-noprompt-s0"}  # what the others begin from
+
+
+def test_arms_side_by_side_end_with_a_state_when_asked_to_stop(lab, tmp_path):
+    mine = replace(lab, home=tmp_path, tokens=10**8, seeds=(0,))
+
+    def stop():
+        while not list((tmp_path / "runs").glob("*/log.jsonl")):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    left = queue.run(mine, only="se-system", workers=2)
+    assert left and not list((tmp_path / "arms").glob("*")) and list((tmp_path / "runs").glob("*/states/*"))
+
+
+def test_an_arm_whose_process_is_killed_is_named(lab, tmp_path, monkeypatch):
+    mine = replace(lab, home=tmp_path, tokens=10**8, seeds=(0,))
+
+    def kill():
+        while not list((tmp_path / "runs").glob("*/log.jsonl")):
+            time.sleep(0.1)
+        multiprocessing.active_children()[0].kill()
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(MetisError, match="could not measure se-system.*take fewer workers"):
+        queue.run(mine, only="se-system-full-0.01h-s0", workers=2)
 
 
 def test_the_queue_skips_what_is_done_and_tells_what_fails(lab, tmp_path):

@@ -28,14 +28,15 @@ def main() -> int:
     parser.add_argument("--lr", type=float)
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--testset")
+    parser.add_argument("--workers", type=int, default=1, help="arms side by side, each a process")
     parser.add_argument("--out", type=Path, default=table.FOLDER, help="of the table")
     given: dict[str, Any] = vars(parser.parse_args())
-    command, only, budget, out = (given.pop(key) for key in ("command", "only", "budget", "out"))
+    command, only, budget, workers, out = (given.pop(key) for key in ("command", "only", "budget", "workers", "out"))
     given["seeds"] = tuple(given["seeds"]) if given["seeds"] else None
     try:
         lab = Lab.of(given.pop("scale"), **given)
         if command == "run":
-            left = queue.run(lab, budget=budget, only=only, say=lambda line: print(line, flush=True))
+            left = queue.run(lab, budget=budget, only=only, workers=workers, say=lambda line: print(line, flush=True))
             print(f"left: {len(left)}" if left else "everything is measured")
         elif command == "table":
             rows = table.export_part(lab, out, only) if only else table.export(lab, out)

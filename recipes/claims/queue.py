@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from metis_lib.errors import MetisError
-from metis_lib.training.loop import seconds_of
+from metis_lib.training.loop import seconds_of, stop_asked
 from recipes.claims import decode
 from recipes.claims.arms import Arm, Lab, result_of, train
 from recipes.claims.claims import all_claims, seeded
@@ -86,9 +91,10 @@ def done(lab: Lab, work: Work) -> bool:
 
 
 def run(
-    lab: Lab, *, budget: str | None = None, only: str = "", say: Callable[[str], None] = lambda line: None
+    lab: Lab, *, budget: str | None = None, only: str = "", workers: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[str]:  # fmt: skip
-    """Measure what is not measured yet, one after the other.
+    """Measure what is not measured yet, one after the other, or ``workers`` arms side by side.
 
     An arm that the budget or a signal cuts off keeps a state and goes on with the next run; a study keeps the clips
     that it has made.
@@ -102,6 +108,10 @@ def run(
     until = time.monotonic() + (seconds_of(budget) if budget else math.inf)
     failed: dict[str, str] = {}
     works = [work for work in chosen(lab, only) if not done(lab, work)]
+    if workers > 1:
+        if not _side_by_side(lab, [work.arm for work in works if work.arm], workers, until, failed, say):
+            works = []  # it was asked to stop
+        works = [work for work in works if work.id not in failed and not done(lab, work)]
     for number, work in enumerate(works, 1):
         left = until - time.monotonic()
         if left <= 1:
@@ -121,6 +131,58 @@ def run(
         name, why = next(iter(failed.items()))
         raise MetisError(f"could not measure {', '.join(failed)}; {name}: {why}")
     return [work.id for work in chosen(lab, only) if not done(lab, work)]
+
+
+def _train(lab: Lab, arm: Arm, budget: str | None, threads: int, tell: Any) -> None:
+    """Train an arm in a process of its own and tell what it took, or what is wrong.
+
+    Ctrl-C reaches all processes, and is the first one's business; SIGTERM ends a training with a state.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(threads)
+    began = time.monotonic()
+    try:
+        tell.send(time.monotonic() - began if train(lab, arm, budget=budget) else 0.0)
+    except MetisError as error:
+        tell.send(str(error))
+
+
+def _side_by_side(
+    lab: Lab, arms: list[Arm], workers: int, until: float, failed: dict[str, str], say: Callable[[str], None]
+) -> bool:
+    """Train arms in ``workers`` processes, those that others begin from first; whether nobody asked to stop.
+
+    Every process has its part of the cores.  On a GPU they share it: nets of this size do not fill one.
+    """
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // workers)
+    waiting = sorted(arms, key=lambda arm: arm.task != "stage1")
+    running: dict[Any, tuple[Arm, Any]] = {}
+    with stop_asked() as asked:
+        while running or (waiting and not asked() and until - time.monotonic() > 1):
+            first = waiting and (waiting[0].task == "stage1" or all(a.task != "stage1" for a, _ in running.values()))
+            if first and len(running) < workers and not asked() and (left := until - time.monotonic()) > 1:
+                arm, (heard, tell) = waiting.pop(0), context.Pipe(duplex=False)
+                budget = None if left == math.inf else f"{left:.0f}s"
+                process = context.Process(target=_train, args=(lab, arm, budget, threads, tell))
+                process.start()
+                tell.close()
+                running[process] = arm, heard
+                continue
+            time.sleep(0.2)
+            for process in [p for p in running if not p.is_alive()]:
+                arm, heard = running.pop(process)
+                try:
+                    found = heard.recv()
+                except EOFError:
+                    found = "" if asked() else "its process was killed; take fewer workers if memory was short"
+                if isinstance(found, str) and found:
+                    failed[arm.id] = found
+                if found:
+                    say(f"{arm.id}: {found if isinstance(found, str) else f'{found:.0f} s'}")
+            if asked():  # again and again: what is not training yet does not hear it
+                for process in running:
+                    process.terminate()
+        return not asked()
 
 
 def sheet(lab: Lab, only: str = "", state: Callable[[Work], Any] | None = None) -> str:

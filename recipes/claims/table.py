@@ -7,6 +7,7 @@ decodes: a bootstrap over utterances (or speakers), each averaged over its seeds
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, statistics
 from recipes.claims import decode
@@ -230,7 +232,8 @@ def _about(lab: Lab, results: Results) -> dict[str, Any]:
 def _write(folder: Path, rows: list[dict[str, Any]], results: Results, about: Mapping[str, Any]) -> None:
     hidden = {"key", "seconds", "skipped"}
     arms = [{k: v for k, v in arm.items() if k not in hidden} for arm in results["arms"].values()]
-    record.write_json(folder / "arms.json", arms)
+    lines = ",\n".join(json.dumps(arm, allow_nan=False) for arm in arms)
+    write_text(folder / "arms.json", f"[\n{lines}\n]\n")  # a training a line: its scores are many numbers
     record.write_json(folder / "decode.json", results["decode"])
     record.write_json(folder / "run.json", about)
     record.write_json(folder / "claims.json", rows)

@@ -314,6 +314,7 @@ def test_arms_side_by_side_end_with_a_state_when_asked_to_stop(lab, tmp_path):
     def stop():
         while not list((tmp_path / "runs").glob("*/log.jsonl")):
             time.sleep(0.1)
+        time.sleep(3)  # it trains by now
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()

@@ -229,13 +229,12 @@ def once(
 
 
 def together(
-    metis: Metis, task: str, item: dict[str, Any], full: bool, batch: int, repeats: int, flop: float, rate: float,
+    metis: Metis, task: str, item: dict[str, Any], full: bool, batch: int, repeats: int, rate: float,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """``batch`` utterances in one pass, as often as ``repeats``, after a run that warms up.
+    """``batch`` utterances in one pass, as often as ``repeats``, after two runs that count and warm up.
 
     Args:
-        flop: operations of an utterance.
         rate: of matrix products, FLOP a second.
 
     Returns:
@@ -245,6 +244,7 @@ def together(
     """
     clocks, memory = [], Clock(metis.device)
     try:
+        counted, steps = once(metis, task, item, False, batch, counting=True)
         memory.memory(fresh=True)
         for _ in range(repeats + 1):
             clock, more = once(metis, task, item, full, batch)
@@ -257,10 +257,11 @@ def together(
     clocks = clocks[1:]
     parts = {part: median(c.took[part] for c in clocks) * more.get(part, 1.0) for part in clocks[0].took}
     wall = median(sum(value * more.get(part, 1.0) for part, value in c.wall.items()) for c in clocks)
+    flop = sum(value * steps.get(part, 1.0) for part, value in counted.flops.items())
     say(f"{batch} together: {batch / wall:.2f} a second")
     return {
         "seconds": round(sum(parts.values()), 4), "wall_s": round(wall, 4), "utterances_per_s": round(batch / wall, 4),
-        "matmul_share": round(batch * flop / rate / sum(parts.values()), 4),
+        "matmul_share": round(flop / rate / sum(parts.values()), 4),
         "peak_mb": round(memory.memory() / 1e6, 1), "parts": {part: round(took, 4) for part, took in parts.items()},
     }  # fmt: skip
 
@@ -425,9 +426,8 @@ def bench_generate(
             **({"compiled_ratio": round(totals["released"] / totals["compiled"], 3)} if compile else {}),
             "batches": {
                 str(n): together(
-                    found["bf16"], task, item, full, n, repeats, 1e9 * sum(values["gflop"]["bf16"].values()), half,
-                    lambda line: say(f"{task} {line}"),  # noqa: B023
-                )  # fmt: skip
+                    found["bf16"], task, item, full, n, repeats, half, lambda line: say(f"{task} {line}")  # noqa: B023
+                )
                 for n in sorted(set(batches))
             },
             "weights_mb": {

@@ -322,7 +322,7 @@ def test_arms_side_by_side_end_with_a_state_when_asked_to_stop(lab, tmp_path):
     assert left and not list((tmp_path / "arms").glob("*")) and list((tmp_path / "runs").glob("*/states/*"))
 
 
-def test_an_arm_whose_process_is_killed_is_named(lab, tmp_path, monkeypatch):
+def test_an_arm_whose_process_is_killed_is_named(lab, tmp_path):
     mine = replace(lab, home=tmp_path, tokens=10**8, seeds=(0,))
 
     def kill():
@@ -333,6 +333,12 @@ def test_an_arm_whose_process_is_killed_is_named(lab, tmp_path, monkeypatch):
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(MetisError, match="could not measure se-system.*take fewer workers"):
         queue.run(mine, only="se-system-full-0.01h-s0", workers=2)
+
+
+def test_an_arm_whose_process_ends_with_an_error_is_named(lab, tmp_path):
+    (tmp_path / "arms").write_text("no folder")  # nothing can be written into it
+    with pytest.raises(MetisError, match="could not measure se-system.*ended with code 1; see above"):
+        queue.run(replace(lab, home=tmp_path, seeds=(0,)), only="se-system-full-0.01h-s0", workers=2)
 
 
 def test_the_queue_skips_what_is_done_and_tells_what_fails(lab, tmp_path):

@@ -66,15 +66,24 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     return _gumbel_of(u, device)
 
 
-def _fill(row: Tensor, n: int, generator: torch.Generator) -> None:
-    """Uniform noise in the first ``n`` of the rows ``[T, ...]``, none in the others."""
-    row[:n].uniform_(generator=generator)
-    row[n:].zero_()
-
-
 @functools.lru_cache(maxsize=1)
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+
+
+def _uniform(
+    sizes: Sequence[int], width: tuple[int, ...], generators: Sequence[torch.Generator], pinned: bool
+) -> Tensor:
+    """Uniform noise ``[B, max(sizes), *width]`` on the CPU, each utterance's drawn by a thread; 0 beyond its size."""
+
+    def fill(row: Tensor, n: int, generator: torch.Generator) -> None:
+        row[:n].uniform_(generator=generator)
+        row[n:].zero_()
+
+    with torch.inference_mode(False):  # or no other thread could write to it
+        u = torch.empty((len(sizes), max(sizes), *width), pin_memory=pinned)
+    list(_threads().map(fill, u, sizes, generators))
+    return u
 
 
 class Draws:
@@ -99,12 +108,10 @@ class Draws:
         """``[B, max(sizes), *width]``, of which each utterance uses the first of ``sizes`` rows."""
         if self.shared:
             return gumbel((len(sizes), max(sizes), *width), self.shared[0], self.device)
-        pinned = _pinned(self.own[0].device, self.device)
-        with torch.inference_mode(False):  # or no other thread could write to it
-            u = torch.empty((len(sizes), max(sizes), *width), device=self.own[0].device, pin_memory=pinned)
-        # A GPU that makes many at once would wait for one thread's random numbers.
-        list((_threads().map if pinned and len(sizes) > 1 else map)(_fill, u, sizes, self.own))
-        return _gumbel_of(u, self.device)
+        if len(sizes) > 1 and _pinned(self.own[0].device, self.device):  # a GPU would wait for one thread's numbers
+            return _gumbel_of(_uniform(sizes, width, self.own, True), self.device)
+        rows = [gumbel((n, *width), g, self.device) for n, g in zip(sizes, self.own, strict=True)]
+        return rows[0][None] if len(rows) == 1 else torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def exists(lengths: Tensor, horizon: int) -> Tensor:

@@ -133,6 +133,9 @@ def run(
     return [work.id for work in chosen(lab, only) if not done(lab, work)]
 
 
+KILLED = "its process was killed; take fewer workers if memory was short"
+
+
 def _train(lab: Lab, arm: Arm, budget: str | None, threads: int, tell: Any) -> None:
     """Train an arm in a process of its own and tell what it took, or what is wrong.
 
@@ -174,7 +177,9 @@ def _side_by_side(
                 try:
                     found = heard.recv()
                 except EOFError:
-                    found = "" if asked() else "its process was killed; take fewer workers if memory was short"
+                    killed = (process.exitcode or 0) < 0
+                    found = KILLED if killed else f"its process ended with code {process.exitcode}; see above"
+                    found = "" if killed and asked() else found
                 if isinstance(found, str) and found:
                     failed[arm.id] = found
                 if found:

@@ -75,8 +75,9 @@ def _resample_array(data: np.ndarray, from_rate: int, to_rate: int) -> np.ndarra
 
 
 def _finish(
-    data: np.ndarray, rate: int, sample_rate: int, name: str, min_seconds: float, max_seconds: float | None
-) -> Tensor:
+    data: np.ndarray, rate: int, sample_rate: int, name: str, min_seconds: float, max_seconds: float | None,
+    silence: bool,
+) -> Tensor:  # fmt: skip
     """``[S]`` or ``[S, channels]`` at ``rate``, checked, as float32 ``[S]`` at ``sample_rate``."""
     if data.ndim == 2:
         data = data.mean(axis=1)
@@ -87,7 +88,7 @@ def _finish(
         raise MetisError(f"{name}: the recording is empty")
     if not np.isfinite(data).all():
         raise MetisError(f"{name}: the recording holds NaN or infinite samples")
-    if not np.any(data):
+    if not silence and not np.any(data):
         raise MetisError(f"{name}: the recording is silent (every sample is zero)")
     if (peak := float(np.abs(data).max())) > LOUDEST:
         raise MetisError(f"{name}: samples lie in -1..1, not at {peak:.3g}; divide 16-bit numbers by 32768")
@@ -99,30 +100,37 @@ def _finish(
     return torch.from_numpy(np.clip(_resample_array(data, rate, sample_rate), -1.0, 1.0).astype(np.float32))
 
 
-def read(path: str | Path, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float | None = None) -> Tensor:
+def read(
+    path: str | Path, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float | None = None,
+    silence: bool = False,
+) -> Tensor:  # fmt: skip
     """Read an audio file as ``[S]`` at ``sample_rate`` Hz: channels averaged, soxr HQ resampling.
 
     Raises:
-        MetisError: missing, empty, unreadable, NaN, all zero, too short or too long (in one line).
+        MetisError: missing, empty, unreadable, NaN, all zero (unless ``silence`` is welcome), too short or too long (in
+            one line).
     """
     import soundfile
 
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise MetisError(f"{path} is a folder, not a recording")
-    if not path.is_file():
-        raise MetisError(f"no recording at {path}")
-    if path.stat().st_size == 0:
-        raise MetisError(f"{path}: the file is empty")
     try:
+        if path.is_dir():
+            raise MetisError(f"{path} is a folder, not a recording")
+        if not path.is_file():
+            raise MetisError(f"no recording at {path}")
+        if path.stat().st_size == 0:
+            raise MetisError(f"{path}: the file is empty")
         data, rate = soundfile.read(str(path), dtype="float32", always_2d=True)
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0].rsplit(": ", 1)[-1]
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:  # a name too long; headerless audio
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0].rsplit(": ", 1)[-1]
         raise MetisError(f"{path} is not audio that can be read ({reason})") from error
-    return _finish(data, rate, sample_rate, str(path), min_seconds, max_seconds)
+    return _finish(data, rate, sample_rate, str(path), min_seconds, max_seconds, silence)
 
 
-def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float | None = None) -> Tensor:
+def load(
+    source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seconds: float | None = None,
+    silence: bool = False,
+) -> Tensor:  # fmt: skip
     """Any source of speech as ``[S]`` at ``sample_rate`` Hz, with the checks of :func:`read`.
 
     ``source`` is a path, a :class:`Speech`, ``(array, rate)`` or a tensor already at ``sample_rate``;
@@ -130,7 +138,7 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
     int32.
     """
     if isinstance(source, (str, Path)):
-        return read(source, sample_rate, min_seconds=min_seconds, max_seconds=max_seconds)
+        return read(source, sample_rate, min_seconds=min_seconds, max_seconds=max_seconds, silence=silence)
     if isinstance(source, Speech):
         values, rate = source.wav, source.sample_rate
     elif isinstance(source, tuple) and len(source) == 2:
@@ -156,7 +164,7 @@ def load(source: Source, sample_rate: int, *, min_seconds: float = 0.0, max_seco
         raise MetisError(f"samples are floats in -1..1, uint8, int16 or int32, not {data.dtype}")
     if data.ndim == 2 and data.shape[0] <= 2 < data.shape[1]:
         data = data.T
-    return _finish(data, rate, sample_rate, "recording", min_seconds, max_seconds)
+    return _finish(data, rate, sample_rate, "recording", min_seconds, max_seconds, silence)
 
 
 def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from metis_lib.config import Stage1Config
 from metis_lib.config import preset as sizes_of
+from metis_lib.errors import MetisError
 from metis_lib.models.stage1 import Stage1
 from metis_lib.training.data import Feed, Tokens
 from metis_lib.training.generative import Stage1Training
@@ -203,7 +204,9 @@ def bench_evaluation(testset: str = "human", files: int = 12, *, device: str = "
     def read(path: Any) -> np.ndarray:
         return audio.read(path, 16_000).numpy()
 
-    items = systems.load_items(testset, "se", files)
+    items = [item for item in systems.load_items(testset, "se") if item.clean and item.other][:files]
+    if not items:
+        raise MetisError(f"{testset} has no noisy recording with a clean one and another speaker beside it")
     noisy, clean, other = ([read(getattr(item, key)) for item in items] for key in ("noisy", "clean", "other"))
     distinct = list({wav.tobytes(): wav for wav in [*noisy, *clean, *other]}.values())
     calls: dict[type[Judge], tuple[list[list[np.ndarray]], list[np.ndarray]]] = {  # what a script's calls judge; we

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
+import os
 import threading
 import time
 from collections import Counter, deque
@@ -98,9 +100,9 @@ def _rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
-            rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","))
+            rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ","))
         for row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"a row is an object with fields, not {row!r:.40}")
@@ -114,14 +116,14 @@ def _rows(path: Path, key: str) -> Iterator[dict[str, Any]]:
 
 def _key(task: str, item: Mapping[str, Any], about: Mapping[str, Any]) -> str:
     """Hash of all that an item's speech depends on."""
-    item = {k: sha256_file(v) if k in PLACES and Path(v).is_file() else v for k, v in item.items() if k != "id"}
+    item = {k: sha256_file(v) if k in PLACES and os.path.isfile(v) else v for k, v in item.items() if k != "id"}
     return hashlib.sha256(json.dumps([task, item, about], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def read_log(folder: Path) -> dict[str, dict[str, Any]]:
     """The last line about each item; a line that was cut off is passed over."""
     path, found = folder / LOG, {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
         try:
             entry = json.loads(line)
             found[entry["id"]] = entry
@@ -133,7 +135,8 @@ def read_log(folder: Path) -> dict[str, dict[str, Any]]:
 def sweep(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for partial in folder.rglob(".*.part"):
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink(missing_ok=True)
 
 
 def generate_all(
@@ -211,7 +214,7 @@ def generate_all(
     def note(item: str, entry: dict[str, Any]) -> None:
         nonlocal finished
         with open(log, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"id": item, **entry}, ensure_ascii=False, sort_keys=True) + "\n")
+            file.write(json.dumps({"id": item, **entry}, sort_keys=True) + "\n")
         failed.update({item: entry["error"]} if "error" in entry else {})
         finished += 1
         progress(finished, total, item)

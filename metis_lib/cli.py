@@ -176,6 +176,7 @@ class Generate(Command):
         about: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "compat": self.compat}
         about["variant"] = self.variant
         about |= {"compile": "yes"} if self.compile else {}
+        about |= {"revision": self.revision} if self.revision else {}
         hashes = checkpoint_hashes(self.model)  # weights, and configurations with the decoding defaults
         about |= {key: hashes[key] for key in ("checkpoint_sha256", "config_sha256") if hashes[key]}
         about |= {"task_files": own} if (own := task_files()) else {}
@@ -486,6 +487,9 @@ class Evaluate(Command):
         systems, options = self._systems(), dict(_option(text) for text in self.option)
         given = {key: getattr(self, key) for key in ("seeds", "limit", "device", "dtype", "judges", "fresh")}
         given |= {"allow_missing": self.allow_missing, "checkpoint": self.model, "options": options}
+        names = [Path(testset).name for testset in self.testsets]
+        if len(set(names)) < len(names):
+            raise MetisError(f"two test sets of one name ({', '.join(names)}); evaluate each with an --out of its own")
         texts, documents, pages, failed = [], {}, [], None
         for testset in self.testsets:
             out = self.out / Path(testset).name if len(self.testsets) > 1 else self.out
@@ -510,11 +514,13 @@ class Evaluate(Command):
 
     def _systems(self) -> dict[str, list[str]] | None:
         """The systems of each task, out of one list for all."""
-        from metis_lib.evaluation.systems import choose_systems, label, systems_of
+        from metis_lib.evaluation.systems import choose_systems, known_task, label, systems_of
 
         tasks = [task for task in self.tasks if task != "omni"]
         if not self.systems:
             return None
+        for task in tasks:
+            known_task(task)
         chosen: dict[str, list[str]] = {task: [] for task in tasks}
         for name in self.systems:
             for task in tasks:
@@ -563,6 +569,9 @@ class Report(Command):
         summary, run = record.read_json(self.out / "summary.json"), record.read_json(self.out / "run.json")
         if not summary or not run:
             raise MetisError(f"no finished run in {self.out} (summary.json or run.json); run: metis evaluate")
+        if "manifest_sha256" not in run:
+            sets = ", ".join(summary)
+            raise MetisError(f"{self.out} has scores of test sets ({sets}); name the folder of one run")
         if self.readme:
             target = report.fill_readme(record.ROOT / "README.md", report.readme_results(summary, run))
             return Answer(f"results written into {target}", {"readme": str(target)})
@@ -647,7 +656,8 @@ class TrainPart(Training):
     """Options of the model, such as longest=1500 or adversarial_from=20000 (docs/training.md)."""
 
     def run(self) -> Answer:
-        from metis_lib.training.recipes import Job, options_for, sizes, train
+        from metis_lib.stores import sizes
+        from metis_lib.training.recipes import Job, options_for, train
 
         options = options_for(self.model, self.preset) | dict(_option(text) for text in self.option)
         job = Job(
@@ -681,7 +691,8 @@ class FineTune(Training):
 
     def run(self) -> Answer:
         from metis_lib.checkpoints import locate
-        from metis_lib.training.recipes import finetune, sizes
+        from metis_lib.stores import sizes
+        from metis_lib.training.recipes import finetune
 
         like = "paper" if sizes(locate(self.base)).stage1.hidden_size >= 1024 else "nano"
         if self.full and self.adapter_only:
@@ -735,7 +746,7 @@ class Queue(Command):
                     if rest < 1:
                         break
                     left = f"{rest:.0f}s"
-                if done and queue.next_piece(queue.read(path)) is None:
+                if done and queue.next_piece(queue.read(path), self.only) is None:
                     break
                 done.append(queue.run_next(path, budget=left, only=self.only, device=self.device, say=_say))
                 if not done[-1]["finished"]:
@@ -1230,6 +1241,16 @@ def parse(arguments: Sequence[str]) -> Command:
     )
 
 
+def _refuse_twice(command: Command, arguments: Sequence[str]) -> None:
+    """MetisError for an option of several values that is given more than once: the parser keeps those of the last."""
+    several = {key for key, value in vars(command).items() if isinstance(value, tuple)}
+    names = [word.partition("=")[0][2:].replace("-", "_") for word in arguments if word.startswith("--")]
+    names = [f"{name}s" if f"{name}s" in several else name for name in names]  # --testset is --testsets
+    for name in several:
+        if names.count(name) > 1:
+            raise MetisError(f"--{name.replace('_', '-')} is there twice; give all its values after one")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``metis`` with ``argv`` (default: the process's) and return its exit code.
 
@@ -1244,6 +1265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        _refuse_twice(command, arguments)
         with _chatter_on_stderr():
             answer = command.run()
     except KeyboardInterrupt:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metis_lib import stores
 from metis_lib.checkpoints import TaskConfig, load_config_and_card, load_state, locate, save_part
 from metis_lib.config import LipConfig, SystemConfig, preset, to_dict
 from metis_lib.errors import MetisError
@@ -147,16 +148,6 @@ def to_own(
     return Path(out)
 
 
-def own_config(folder: Path) -> SystemConfig:
-    """Sizes of a system of ours, part by part; what it lacks is the paper's."""
-    parts: dict[str, Any] = {
-        part: load_config_and_card(folder / at, cls)[0]
-        for part, (cls, _, at) in PARTS.items()
-        if (folder / at / "config.json").is_file()
-    }
-    return replace(preset("paper"), **parts)
-
-
 def _write(path: Path, tensors: dict[str, Tensor], metadata: bool = True) -> None:
     from safetensors.torch import save_file
 
@@ -181,7 +172,8 @@ def _task_files(folder: Path, name: str, out: Path) -> tuple[TaskConfig, dict[st
         _write(out / f"{stem}_lora_{config.lora_rank}.safetensors", lora, metadata=False)
         _write(out / f"{stem}_lora_{config.lora_rank}_adapter.safetensors", adapter, metadata=False)
     elif "to_logit.weight" in state:
-        _write(out / FILES[f"{name}_full"].path, state)
+        file = FILES.get(f"{name}_full")
+        _write(out / (file.path if file else f"{stem}.safetensors"), state)
     else:  # what was trained is the adapter alone
         _write(out / f"{stem}_adapter.safetensors", _split(state)[1], metadata=False)
     return config, card
@@ -197,7 +189,7 @@ def to_released(
             hint, a task of which only the adapter was trained, LoRA of a task that was released in full only).
     """
     source = locate(system)
-    config = own_config(source)
+    config = stores.sizes(source, "paper")
     tasks = tasks or [path.parent.name for path in sorted((source / "tasks").glob("*/config.json"))]
     if config.acoustic.encoder != "waveform":
         raise MetisError(f"{system} has a codec with a {config.acoustic.encoder} encoder, which has no released form")

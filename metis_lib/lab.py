@@ -304,6 +304,7 @@ class Laboratory(Panel):
         with open(self.out / "votes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(vote, ensure_ascii=False) + "\n")
         order = self.order
+        self._ask("")  # an answer counts once
         self.generate("A")
         count, p = tally(self.read_votes(), pair)
         so_far = f"A {count['A']}, B {count['B']}, no preference {count['none']} (binomial test: p = {p:.2f})"
@@ -331,8 +332,8 @@ class Laboratory(Panel):
 
     def record(self, rate: int, samples: bytes) -> None:
         """Keep what the microphone heard (float32 at ``rate`` Hz) and make it the source or the prompt."""
-        count = len(list(self.out.glob("recordings/recorded-*")))
-        path = self.out / "recordings" / f"recorded-{count + 1:03d}.wav"
+        taken = [int(p.stem[9:]) for p in self.out.glob("recordings/recorded-*.wav") if p.stem[9:].isdecimal()]
+        path = self.out / "recordings" / f"recorded-{max(taken, default=0) + 1:03d}.wav"
         audio.write(path, audio.load((np.frombuffer(samples, "<f4"), rate), rate), rate)
         self.fields[self.into.value].value = str(path)
 

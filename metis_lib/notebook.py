@@ -67,7 +67,7 @@ def progress(items: Sequence[T], label: str) -> Iterator[T]:
 
 def player_html(source: audio.Source, label: str = "") -> str:
     """HTML of a player that holds the clip itself as Opus, at its own level; the first 30 s of long ones."""
-    wav = audio.load(source, AUDIO_RATE)
+    wav = audio.load(source, AUDIO_RATE, silence=True)
     limit = int(MAX_PLAYER_SECONDS * AUDIO_RATE)
     if len(wav) > limit:
         label = f"{label} (first {MAX_PLAYER_SECONDS:.0f} s of {len(wav) / AUDIO_RATE:.0f} s)".strip()
@@ -106,11 +106,11 @@ def listening_table(rows: Sequence[Mapping[str, Any]]) -> HTML:
 
 def log_mel(source: audio.Source, *, bands: int = 80) -> np.ndarray:
     """Log-mel spectrogram ``[bands, frames]`` in dB below its maximum (down to -80), 10 ms hop."""
-    wav, size = audio.load(source, AUDIO_RATE).numpy(), 1024
+    wav, size = audio.load(source, AUDIO_RATE, silence=True).numpy(), 1024
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(wav, (size // 2, size)), size)[:: AUDIO_RATE // 100]
     power = np.abs(np.fft.rfft(frames[: -(-len(wav) * 100 // AUDIO_RATE)] * np.hanning(size), axis=1)) ** 2
     decibels = 10 * np.log10(np.maximum(mel_filters(bands, size, AUDIO_RATE).numpy() @ power.T, 1e-12))
-    return np.clip(decibels - decibels.max(), -80, 0)
+    return np.clip(decibels - (decibels.max() if wav.any() else 0.0), -80, 0)
 
 
 def spectrograms(sources: Mapping[str, audio.Source]) -> Figure:

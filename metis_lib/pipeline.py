@@ -6,9 +6,11 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -194,6 +196,8 @@ class Metis:
 
             store = Released(name, revision=revision, dtype=kind, local_files_only=local_files_only)
         self = cls(store, where, compat=compat, compile=compile)
+        if variant is not None and task is None and not isinstance(store, Folder):
+            raise MetisError("say which task the variant is of: task=...")
         if task is not None:
             for one in [task] if isinstance(task, str) else task:
                 self.load_task(one, variant)
@@ -208,10 +212,7 @@ class Metis:
         self.store.require(task, variant)
         self._asked[task] = variant
         self._task_models.pop(task, None)
-        if task != "base":
-            self.task_model(task)
-        for part in (*NEEDS.get(task, ("ssl", "semantic", "acoustic")), "stage2_layer1", "stage2_full"):
-            getattr(self, part)
+        self.load_all(task)
 
     def load_all(self, task: str) -> None:
         """Load what a task needs, as :meth:`load_task` does, if it is not there yet."""
@@ -346,7 +347,7 @@ class Metis:
     def _hear_both(self, source: Source, shortest: float, longest: float) -> tuple[Tensor, Tensor]:
         """Any source at 24 kHz and at 16 kHz.  As released, the latter comes from the source itself."""
         wav = self._hear(source, shortest, longest)
-        if self.compat and not isinstance(source, Tensor):
+        if self.compat and not isinstance(source, Tensor | np.ndarray):  # these are at 24 kHz
             return wav, audio.load(source, SSL_RATE)
         return wav, audio.resample(wav, AUDIO_RATE, SSL_RATE)
 
@@ -355,7 +356,7 @@ class Metis:
         """Normalised SSL features ``[1, T, C]`` fp32 of samples ``[S]``."""
         wav = audio.resample(wav, sample_rate, SSL_RATE)
         feat, lengths = self.ssl.encode([wav.cpu()])  # filterbanks are float64, which not every device has
-        return feat[:, : int(lengths[0])]
+        return feat[:, : int(lengths[0])].float()
 
     @torch.no_grad()
     def ssl_tokens(self, features: Tensor) -> Tensor:
@@ -381,8 +382,11 @@ class Metis:
         """SSL tokens ``[T]`` to codes ``[T, Q]`` by stage 2, after the tokens ``[P]`` and codes ``[P, Q]`` of a
         voice.  ``options``: those of stage 2 (see :meth:`generate`)."""
         chosen, tokens = self.options("tts", **options), tokens.to(self.device)
-        nothing = torch.zeros(0)
-        prompt = None if voice is None else Voice(nothing, *voice, nothing)
+        nothing, prompt = torch.zeros(0), None
+        if voice is not None:  # the streams of :meth:`tokens` may differ by a frame
+            frames = min(map(len, voice))
+            said, codes = (stream[:frames].to(self.device) for stream in voice)
+            prompt = Voice(nothing, said, codes, nothing)
         request = Request(len(tokens), torch.Generator().manual_seed(seed), prompt)
         nets, listener = (self.stage2_layer1, self.stage2_full), self.listener if chosen.draws > 1 else None
         return decode(*nets, [request], [tokens], chosen, listener=listener)[0][0]
@@ -516,18 +520,23 @@ class Metis:
             raise MetisError(f"unknown task {task!r}; choose one of {', '.join(SOURCES)}")
         by_text = task == "tse" and bool((item or {}).get("text"))
         decode = replace(TASKS[task].decode, cfg=2.5) if by_text else TASKS["tts" if task == "base" else task].decode
-        paper = self.compat or getattr(self.store, "config", None) == preset("paper")
+        paper = self.compat or self.store.config == preset("paper")
         if not self.compat:
             asked = {key: value for key, value in given.items() if value is not None}
-            given = {**self.store.decode.get("any", {}), **self.store.decode.get(task, {}), **asked}
+            usual = {**self.store.decode.get("any", {}), **self.store.decode.get(task, {})}
+            for stage in ("", "stage2_"):  # the two say the same thing
+                if f"{stage}top_fraction" in asked:
+                    usual.pop(f"{stage}top_k", None)
+            given = usual | asked
         return Options.of(decode, bool(self.compat), RELEASED_STEPS if paper else Options.stage2_steps, given)
 
     def job(self, task: str, item: Mapping[str, Any], options: Options) -> Job:
         """What has to be generated for one item of :meth:`generate`; MetisError where it cannot be used."""
         item = dict(item)
         seed = item.pop("seed", 0)
-        if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        if not isinstance(seed, Integral) or not 0 <= int(seed) < 2**63:
             raise MetisError(f"the seed is a whole number from 0 to 2**63 - 1, got {seed!r}")
+        seed = int(seed)
         needed, optional = SOURCES[task]
         missing = [key for key in needed if item.get(key) is None]
         model = item.pop("by", None) or self._model_for(task)
@@ -538,7 +547,7 @@ class Metis:
         for key in ("text", "prompt_text", "language", "prompt_language"):
             if not isinstance(item.get(key), str | None):
                 raise MetisError(f"{key} must be text, got {item[key]!r:.40}")
-        if not isinstance(item.get("seconds"), int | float | None) or not math.isfinite(item.get("seconds") or 0):
+        if not isinstance(item.get("seconds"), Real | None) or not math.isfinite(item.get("seconds") or 0):
             raise MetisError(f"seconds must be a number, got {item['seconds']!r}")
         if item.get("text") is not None and task == "tse":
             model = "omni"
@@ -698,7 +707,10 @@ class Metis:
             raise MetisError(f"the video has {seconds:g} s; at most {LONGEST_SPOKEN:g} s, cut it first")
         return upsample(self.lips(crops[None].to(self.device)))[0]
 
-    def _base(self, prompt: Source, generator: torch.Generator, info: dict[str, Any], seconds: float = 3.0) -> Job:
+    def _base(
+        self, prompt: Source, generator: torch.Generator, info: dict[str, Any], seconds: float | None = None
+    ) -> Job:
+        seconds = 3.0 if seconds is None else seconds
         if not 0.02 <= seconds <= LONGEST_SPOKEN:
             raise MetisError(f"cannot go on for {seconds:g} s; seconds lie in 0.02..{LONGEST_SPOKEN:g}")
         return Job([Request(round(seconds * FRAME_RATE), generator, self.voice(prompt))], None, info)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,22 @@ IN_DTYPE = ("ssl", "stage1", "stage2_layer1", "stage2_full")
 """Parts whose weights take another dtype; codebook searches, waveforms and lips stay in fp32."""
 
 
+def sizes(folder: Path, preset_name: str = "nano") -> SystemConfig:
+    """The configuration of a system's folder, part by part; parts that it lacks, and the name, are the preset's."""
+    found = {
+        part: load_config_and_card(folder / at, config)[0]
+        for part, (config, _, at) in PARTS.items()
+        if (folder / at / "config.json").is_file()
+    }
+    return replace(preset(preset_name), **found)
+
+
+def phone_table(folder: Path) -> PhoneTokenizer:
+    """The phones of a system: the table in its folder (``vocab.json``, of converted ones), else nano's."""
+    table = folder / "vocab.json"
+    return PhoneTokenizer.from_vocab(table) if table.is_file() else PhoneTokenizer()
+
+
 class Store(Protocol):
     """What a pipeline asks of a store; modules are on the CPU and in evaluation mode."""
 
@@ -56,6 +73,10 @@ class Store(Protocol):
     licence: str
     decode: dict[str, dict[str, Any]]
     """Decoding options that are the system's defaults, by task, or for ``any``."""
+
+    @property
+    def config(self) -> SystemConfig:
+        """Sizes; of parts that are not there the paper's."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -96,6 +117,11 @@ class Folder:
         for path in sorted((self.folder / "tasks").glob("*/config.json")):
             config, _ = load_config_and_card(path.parent, TaskConfig)
             self._tasks[config.task] = (config, path.parent)
+
+    @cached_property
+    def config(self) -> SystemConfig:
+        """Sizes; of parts that are not there the paper's."""
+        return sizes(self.folder, "paper")
 
     def _read_decode(self) -> dict[str, dict[str, Any]]:
         """What ``decode.json`` says, where there is one."""
@@ -139,9 +165,8 @@ class Folder:
         return config, {key: value.to(self.dtype) for key, value in load_state(folder).items()}
 
     def phones(self) -> PhoneTokenizer:
-        """The table beside the parts (``vocab.json``, of converted systems), else nano's."""
-        table = self.folder / "vocab.json"
-        return PhoneTokenizer.from_vocab(table) if table.is_file() else PhoneTokenizer()
+        """The table of the folder."""
+        return phone_table(self.folder)
 
     def phone_head(self) -> nn.Linear:
         """The one that the SSL encoder learned by."""

@@ -21,9 +21,9 @@ import numpy as np
 from metis_lib import audio
 from metis_lib.audio import level
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.importers import AUDIO, UNKNOWN, Entry, Imported, build_rows, divide, stated_path
+from metis_lib.data.importers import AUDIO, Entry, Imported, build_rows, divide, id_of, stated_path
 from metis_lib.data.simulate import Rooms
-from metis_lib.data.store import read_jsonl, write_jsonl
+from metis_lib.data.store import UNKNOWN, read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
 
 PathLike = str | os.PathLike[str]
@@ -73,7 +73,7 @@ def prepare_noise(
     refused, seconds = dict[str, str](), defaultdict[str, float](float)
     for path in recordings(folder, limit, seed) if files is None else files:
         place = path.relative_to(folder)
-        stem = re.sub(r"[^\w-]+", "-", place.with_suffix("").as_posix())
+        stem = id_of(place)
         try:
             wav = level(audio.read(path, AUDIO_RATE, min_seconds=0.3).numpy(), NOISE_DB)
         except MetisError as error:

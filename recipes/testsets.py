@@ -252,7 +252,9 @@ def _libri2mix(copy: Copy) -> tuple[Rows, int]:
 def emilia(root: Path) -> Iterator[dict[str, Any]]:
     """What Emilia says of each utterance below ``root``, its ``path`` added: lines of lists, or files beside them."""
     for listed in sorted(root.rglob("*.jsonl")):
-        for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(listed.read_text(encoding="utf-8").split("\n"), 1):
+            if not line.strip():
+                continue
             try:
                 about = json.loads(line)
                 yield about | {"path": listed.parent / about["wav"]}

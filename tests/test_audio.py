@@ -148,3 +148,21 @@ def test_speech_shows_a_player_at_its_own_level(tmp_path):
 
 def test_players_exist_for_other_rates_and_escape_labels():
     assert "&lt;b&gt;" in audio.player(tone(22050), 22050, "<b>")
+
+
+def test_what_cannot_be_told_or_opened_is_one_line(tmp_path):
+    (tmp_path / "x.raw").write_bytes(bytes(200))  # headerless: soundfile asks for a rate
+    for path in (tmp_path / "x.raw", "a prompt, not a file. " * 20):
+        with pytest.raises(MetisError, match="not audio that can be read") as caught:
+            audio.read(path, 24_000)
+        assert "\n" not in str(caught.value)
+
+
+def test_silence_can_be_shown(tmp_path):
+    from metis_lib import notebook
+
+    audio.write(tmp_path / "silent.flac", np.zeros(24_000, np.float32), 24_000)
+    with pytest.raises(MetisError, match="silent"):
+        audio.read(tmp_path / "silent.flac", 24_000)
+    assert "<audio" in notebook.player_html(tmp_path / "silent.flac")
+    assert (notebook.log_mel(tmp_path / "silent.flac") == -80).all()

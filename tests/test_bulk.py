@@ -309,3 +309,26 @@ def lines_safe(out):
         except ValueError:
             continue
     return found
+
+
+def test_lines_end_where_json_and_csv_say(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "text": "one\u2028two\x85three"}\n{"id": "b", "text": "x"}\n')
+    assert [i["text"] for i in bulk.read_items("tts", tmp_path / "m.jsonl", {})] == ["one\u2028two\x85three", "x"]
+    (tmp_path / "m.csv").write_text('id,text\na,"Hello\nworld"\nb,x\n')
+    assert [i["text"] for i in bulk.read_items("tts", tmp_path / "m.csv", {})] == ["Hello\nworld", "x"]
+    log = '{"id": "a", "error": "\u2028"}\n{"id": "b", "error": "ü'.encode()
+    (tmp_path / bulk.LOG).write_bytes(log[:-1])  # cut off within a letter
+    assert list(bulk.read_log(tmp_path)) == ["a"]
+
+
+def test_an_item_that_cannot_even_be_hashed_is_reported_and_the_rest_is_done(sounds, tmp_path, capsys):
+    rows = [{"id": "long", "source": "in/a.wav", "prompt": "these are the words of the prompt " * 9}]
+    rows += [{"id": "good", "source": "in/a.wav", "prompt": "in/b.wav"}, {"id": "bad", "source": "in/x.raw"}]
+    rows[2]["prompt"] = "in/b.wav"
+    (sounds / "x.raw").write_bytes(bytes(100))
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    (out / ".left.part").mkdir(parents=True)  # a folder that a killed conversion left
+    assert cli.main(["generate", "vc", f"--input={tmp_path / 'm.jsonl'}", f"--output={out}", "--json", *RUN]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["done"] == 1 and set(found["failed"]) == {"long", "bad"}

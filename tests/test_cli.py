@@ -251,10 +251,31 @@ def damaged_checkpoint(folder, voice):
     return cli.main(["checkpoint", "inspect", str(folder)])
 
 
+def option_twice(folder, voice):
+    return cli.main(["evaluate", "--tasks=se", "--option", "steps=10", "--option", "cfg=2.0", f"--out={folder}"])
+
+
+def a_set_by_two_names(folder, voice):
+    return cli.main(["evaluate", "--testset", "human", "--testsets=unseen", f"--out={folder}"])
+
+
+def two_sets_of_one_name(folder, voice):
+    return cli.main(["evaluate", "--testset", "human", "eval/testsets/human", f"--out={folder}"])
+
+
+def unknown_task(folder, voice):
+    return cli.main(["evaluate", "--tasks=sse", "--systems=nano", f"--out={folder / 'out.wav'}"])
+
+
+def a_page_of_several_runs(folder, voice):
+    return cli.main(["report", str(ROOT / "results" / "nano")])
+
+
 CASES = [missing, empty_file, empty_recording, nan, not_audio, a_folder_as_input, nothing_to_say, no_text]
 CASES += [prompt_says_nothing, short_prompt, missing_prompt, unknown_language, endless, unknown_model]
 CASES += [unknown_device, bad_steps, bad_seed, unknown_suffix, unwritable, output_is_a_folder, unknown_asset]
-CASES += [unknown_piece, unknown_testset, unknown_system, no_run, no_checkpoint, damaged_checkpoint]
+CASES += [unknown_piece, unknown_testset, unknown_system, no_run, no_checkpoint, damaged_checkpoint, option_twice]
+CASES += [a_set_by_two_names, two_sets_of_one_name, unknown_task, a_page_of_several_runs]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)

@@ -760,3 +760,48 @@ def test_rows_that_stand_between_a_recording_and_the_model(tmp_path: Path) -> No
     crops = systems.still(face)
     assert (crops == crops[0]).all() and len(crops) == len(np.load(face.video)["crops"])
     assert len(maker.make("still", face).wav) > 0
+
+
+def test_a_row_says_where_the_sound_of_a_nested_id_lies(tmp_path: Path) -> None:
+    made = tmp_path / "se" / "nano" / "audio" / "lrs3" / "TALK" / "00001.seed0.flac"
+    audio.write(made, voice(1.0), 16_000)
+    item = systems.Item(id="lrs3/TALK/00001", task="se", speaker="s", text="red")
+    row = scoring._row(systems.Clip(item, "nano", 0, made, 0.1))
+    assert tmp_path / "se" / "nano" / row["audio"] == made
+
+
+def test_what_no_judge_could_hear_is_judged_by_the_next_run(tmp_path: Path, monkeypatch: Any) -> None:
+    """Done is a notebook whose judges were there."""
+    entry = {"mean": 1.0, "ci95": None, "n": 1, "n_failed": 0, "protocol": metrics.WER}
+    row = {"id": speech()[0].id, "system": "noisy", "seed": None, "heard": None, "wer": None, "audio": None}
+    row["wer_error"] = f"{judges.ABSENT}: no network"
+    folder, runs = tmp_path / "out", []
+
+    def run_notebook(*_: Any) -> None:
+        runs.append(1)
+        later = row if len(runs) == 1 else {k: v for k, v in row.items() if k != "wer_error"} | {"wer": 1.0}
+        (folder / "se" / "noisy").mkdir(parents=True, exist_ok=True)
+        (folder / "se" / "noisy" / "utterances.jsonl").write_text(json.dumps(later) + "\n")
+        record.write_json(folder / "se" / "summary.json", {"noisy": {"wer": entry}})
+
+    monkeypatch.setattr(runner, "run_notebook", run_notebook)
+    for _ in range(3):
+        runner.evaluate(["se"], {"se": ["noisy"]}, "human", folder, limit=1)
+    assert len(runs) == 2, "again after the first, and then it is done"
+
+
+def test_a_missing_package_is_an_absent_judge(tmp_path: Path) -> None:
+    def pesq(*_: Any) -> float:
+        raise ModuleNotFoundError("No module named 'pesq'")
+
+    audio.write(tmp_path / "a.flac", voice(1.0), 16_000)
+    failure = scoring.Verdicts(tmp_path / "cache").get("pesq@1", pesq, tmp_path / "a.flac")
+    assert judges.ABSENT in str(failure) and "pesq" in str(failure)
+
+
+def test_loading_is_no_part_of_the_time_to_make(tmp_path: Path, monkeypatch: Any) -> None:
+    made = audio.Speech(torch.from_numpy(voice(1.0)), 16_000)
+    monkeypatch.setattr(systems.Systems, "ready", lambda self, system: time.sleep(0.4))
+    monkeypatch.setattr(systems.Systems, "make", lambda self, system, item: made)
+    (clip,) = systems.produce(speech()[:1], ["nsnet2"], tmp_path)
+    assert clip.seconds_to_make is not None and clip.seconds_to_make < 0.3

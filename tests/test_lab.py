@@ -162,6 +162,11 @@ def test_the_microphone_keeps_its_level(laboratory: lab.Laboratory) -> None:
         path = laboratory.out / "recordings" / f"recorded-00{number}.wav"
         assert laboratory.fields["source"].value == str(path)
     np.testing.assert_allclose(audio.read(path, 48_000).numpy(), wave, atol=1e-4)
+    path.with_name("recorded-001.wav").unlink()
+    laboratory.recorder._handle_custom_msg({"rate": 48_000}, [memoryview((0.5 * wave).tobytes())])
+    assert laboratory.fields["source"].value.endswith("recorded-003.wav")  # none takes the place of another
+    np.testing.assert_allclose(audio.read(path, 48_000).numpy(), wave, atol=1e-4)
+    path = path.with_name("recorded-003.wav")
     laboratory.recorder._handle_custom_msg({"rate": 48_000}, [b""])
     assert "empty" in laboratory.status.value and laboratory.fields["source"].value == str(path)
 

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -667,3 +668,54 @@ def test_report_page_stands_alone_and_names_no_path(tmp_path: Path) -> None:
     assert "Mine &amp; yours" in page and "CC BY 4.0 &lt;me&gt;" in page and "<b>.wav" not in page
     assert len(page) < 300_000 and page.count("<figcaption>") == 4
     assert summary["warnings"]["clipped"] == 1 and summary["refused"] == {"empty": 1}
+
+
+def test_libritts_folders_are_readers_not_chapters(tmp_path: Path) -> None:
+    for i, place in enumerate(("103/1240/103_1240_000_000", "103/1241/103_1241_000_001", "84/7/84_7_0_1")):
+        save(tmp_path / "LibriTTS" / f"{place}.wav", speech(i))
+        (tmp_path / "LibriTTS" / f"{place}.normalized.txt").write_text(ITEMS[i]["text"])
+    rows = build_manifest(tmp_path / "LibriTTS", tmp_path / "out").rows
+    assert sorted(row.speaker for row in rows) == ["103", "103", "84"]
+
+
+def test_names_of_other_scripts_and_lines_with_separators(tmp_path: Path) -> None:
+    names = ["\u0915\u093f", "\u0915\u0940", "ma", "m\u00e0", "ma\u0301", "m\u1ea3"]  # vowel signs, accents apart
+    for i, name in enumerate(names):
+        save(tmp_path / "recs" / f"{name}.wav", noise(i))
+    found = build_manifest(tmp_path / "recs", tmp_path / "out")
+    assert not found.refused and len({row.id for row in found.rows}) == len(names)
+    text = "Hello\u2028world\x85again."
+    rows = [{"path": "ma.wav", "text": text}, {"path": f"{names[0]}.wav", "text": "Nothing more."}]
+    (tmp_path / "recs" / "list.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    found = build_manifest(tmp_path / "recs" / "list.jsonl", tmp_path / "listed")
+    assert not found.refused and len(store.read_manifest(found.manifest)) == 2
+
+
+def test_recordings_that_went_away_or_silent_spans_do_not_end_a_run(tmp_path: Path) -> None:
+    save(tmp_path / "long.wav", np.concatenate([speech(0), np.zeros(48_000, np.float32), speech(1)]))
+    save(tmp_path / "b.wav", speech(2))
+    first, last = len(speech(0)) / AUDIO_RATE, len(speech(0)) / AUDIO_RATE + 2
+    row = Row("a", "long.wav", "hi", "en", "anna", first, "train", "s", "CC0", True, root=tmp_path, end=first)
+    end = last + len(speech(1)) / AUDIO_RATE
+    rows = [row, replace(row, id="b", start=first, end=last), replace(row, id="c", start=last, end=end)]
+    rows += [replace(row, id="d", path="b.wav", end=None), replace(row, id="e", path="gone.wav")]
+    with pytest.warns(UserWarning, match="2 of 5 recordings cannot be read"):
+        waves = store.store_waves(rows, tmp_path / "waves")
+    lengths = [waves.length(i) for i in range(5)]
+    assert lengths[1] == lengths[4] == 0 and lengths[3] == len(speech(2))
+    assert np.allclose(waves[0] / 32767, speech(0), atol=1e-4) and np.allclose(waves[2] / 32767, speech(1), atol=1e-4)
+    with pytest.raises(MetisError, match="none of the 1 recordings"):
+        store.store_waves(rows[4:], tmp_path / "none")
+
+
+def test_babble_comes_from_the_manifest_that_trains(tmp_path: Path) -> None:
+    from metis_lib.training import data
+
+    corpus = tmp_path / "mine"
+    save(corpus / "hum.wav", noise(1, 3.0), subtype="PCM_16")
+    store.write_jsonl(corpus / "noise.jsonl", [{"id": "hum", "path": "hum.wav", "split": "train"}])
+    save(corpus / "a.wav", speech(0))
+    row = Row("a", "a.wav", "", "en", "anna", 3.0, "train", "s", "CC0", True)
+    store.write_manifest(corpus / "list.jsonl", [row, replace(row, id="b", split="test", speaker="ben")])
+    sources = data.sources_of(corpus / "list.jsonl", "train")
+    assert [recording.name for recording in sources.noises.speech] == ["anna"]

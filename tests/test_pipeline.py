@@ -1,5 +1,6 @@
 """The pipeline with random weights, its checkpoints, and the nano system that ships."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -348,3 +349,49 @@ def test_candidates_need_a_phone_head(tmp_path, voice):
         Metis.from_pretrained("debug", device="cpu", compat="released").enhance(hum(0.5), stage2_candidates=2)
     with pytest.raises(MetisError, match="candidates must be a whole number, at least 1, not 0"):
         system.enhance(hum(0.5), candidates=0)
+
+
+def test_numbers_of_other_libraries(debug):
+    a, b = (debug.enhance(hum(0.5), seed=seed, steps=1) for seed in (3, np.int64(3)))
+    assert torch.equal(a.wav, b.wav) and type(b.info["seed"]) is int
+    assert debug.go_on(hum(0.6), seconds=np.float32(0.2), steps=1).seconds == pytest.approx(0.2, abs=0.03)
+    assert debug.generate("base", [{"prompt": hum(0.6), "seconds": None}], steps=1)[0].seconds > 2.9
+
+
+def test_streams_that_differ_by_a_frame_are_a_voice(debug):
+    source, voice = debug.tokens(hum(0.4)), debug.tokens(hum(0.6))
+    longer = torch.cat([voice["acoustic"], voice["acoustic"][-1:]])[: len(voice["ssl"]) + 1]
+    codes = debug.acoustic_tokens(source["ssl"], (voice["ssl"], longer))
+    assert len(codes) == len(source["ssl"])
+    assert torch.equal(codes, debug.acoustic_tokens(source["ssl"], (voice["ssl"], longer[:-1])))
+
+
+def test_a_share_replaces_the_number_that_the_system_keeps(nano):
+    assert nano.options("vc").stage2.top_k == 20
+    asked = nano.options("vc", stage2_top_fraction=0.5)
+    assert asked.stage2.top_k is None and asked.stage2.top_fraction == 0.5
+    assert nano.options("vc", top_fraction=0.5).stage2.top_k == 20
+
+
+def test_a_system_of_the_published_sizes_is_decoded_as_released(tmp_path):
+    """Also as a folder of ours: converted weights are the same weights."""
+    from metis_lib.config import preset, to_dict
+    from metis_lib.generation import RELEASED_STEPS
+    from metis_lib.stores import PARTS, Folder
+
+    def options_of(name):
+        for part, (config, _, at) in PARTS.items():
+            (tmp_path / name / at).mkdir(parents=True)
+            document = {"type": config.__name__, "config": to_dict(getattr(preset(name), part))}
+            (tmp_path / name / at / "config.json").write_text(json.dumps(document))
+        return Metis(Folder(tmp_path / name), torch.device("cpu")).options("tts")
+
+    assert options_of("paper").stage2_steps == RELEASED_STEPS != options_of("debug").stage2_steps
+
+
+def test_arrays_at_24_khz_are_heard_as_such_as_released(debug):
+    """The 16 kHz that the SSL encoder hears come from the source itself there, whose rate an array does not tell."""
+    released = Metis(debug.store, torch.device("cpu"), compat="released")
+    wav = hum(1.0)
+    for given in (wav, wav.numpy()):
+        assert len(released._hear_both(given, 0.2, 10.0)[1]) == 16_000

@@ -694,3 +694,20 @@ def test_own_states_survive_in_bf16(place, tmp_path):
     convert.to_own(place[0], tmp_path / "own", tasks=["tse"])
     state = load_state(tmp_path / "own" / "tasks" / "tse")
     assert "cond_adapter.gate_scale" in state and LORA in state
+
+
+def test_a_variant_is_one_of_a_task(place):
+    from metis_lib.pipeline import Metis
+
+    with pytest.raises(MetisError, match="which task"):
+        Metis.from_pretrained(place[0], variant="full", device="cpu")
+
+
+def test_export_of_a_task_of_ones_own(tmp_path):
+    from metis_lib.models.stage1 import Stage1
+
+    config = TINY.stage1
+    save_part(tmp_path / "own" / "tasks" / "declip", Stage1(config), TaskConfig("declip", {}), dtype=torch.float32)
+    with convert.fresh(tmp_path / "out") as folder:
+        convert._task_files(tmp_path / "own", "declip", folder)
+    assert [p.name for p in (tmp_path / "out").rglob("*.safetensors")] == ["metis_declip.safetensors"]

@@ -501,3 +501,11 @@ def test_the_report_notebook(tmp_path: Path) -> None:
     assert names <= {path.name for path in (out / "plots").iterdir()}
     text = executed.read_text()
     assert "data:audio/ogg;base64," in text and "mymodel − recording" in text and "image/png" in text
+
+
+def test_two_runs_of_one_name_are_two_columns(tmp_path: Path) -> None:
+    runs = [paper.read_run(make_run(tmp_path / side / "human", sound=False)) for side in "ab"]
+    paper.write_tables(tmp_path / "tables", runs)
+    (lines,) = [t for p in sorted((tmp_path / "tables").glob("*.csv")) if "mymodel" in (t := p.read_text())][:1]
+    of = {row["of"] for row in csv.DictReader(io.StringIO(lines))} - {"paper"}
+    assert of == {(tmp_path / side / "human").resolve().as_posix() for side in "ab"}

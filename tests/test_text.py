@@ -307,7 +307,7 @@ def test_chinese_numbers() -> None:
     texts = {
         "2024年5月3日": "二零二四年五月三日", "3.50元": "三点五零元", "50%": "百分之五十", "3.5％": "百分之三点五",
         "1/2": "二分之一", "1,234,567人": "一百二十三万四千五百六十七人", "-5℃": "负五摄氏度", "5-10个": "五到十个",
-        "１２个": "十二个", "二〇二四": "二零二四", "3.5.2": "三.五.二", "5.": "五.",
+        "１２个": "十二个", "１００元": "一百元", "二〇二四": "二零二四", "3.5.2": "三.五.二", "5.": "五.",
     }  # fmt: skip
     assert {text: expand_chinese(text) for text in texts} == texts
 
@@ -421,3 +421,12 @@ def test_numbers() -> None:
     }
     for text, wanted in texts.items():
         assert re.sub(r" +", " ", expand_english(text)).strip() == wanted
+
+
+def test_letters_that_only_look_like_an_abbreviation() -> None:
+    """Ignoring case, the long s is an s to a regular expression, and none to a table."""
+    from metis_lib.tokenizers.languages import normalise
+    from metis_lib.tokenizers.text import expand_english
+
+    assert expand_english("the ſt St") == "the ſt saint"
+    assert "ſ" in normalise("die ſt", "de") and "ſ" in normalise("le ſt", "fr")

@@ -1474,3 +1474,141 @@ def test_resume_is_a_word_of_the_command_line(workshop, tmp_path, capsys):
     assert "not both" in capsys.readouterr().err
     assert cli.main([*command[:-5], "--steps", "2", "--device", "cpu", "--json", "--fresh"]) == 0
     assert json.loads(capsys.readouterr().out)["scores"]["steps"] == 2
+
+
+def test_texts_go_by_the_phone_table_of_the_system(job_of):
+    """A converted system speaks by the released table, beside its parts as ``vocab.json``."""
+    job = job_of("tts")
+    shutil.copy(GOLDEN / "vocab.json", job.out / "vocab.json")
+    objective, source, _ = recipes.BUILD["tts"](job)
+    assert source.tokenizer.size == 1024 and len(objective.model.phone_emb.weight) == 1024
+    released, record = source.tokenizer, source.shards.record(0)
+    assert source._ids(record) == released.encode(record["text"]) != data.PhoneTokenizer().encode(record["text"])
+    heard = recipes.task_source(replace(job, options={**job.options, "audio": True}), "train", 0, job.frozen, None)
+    assert heard.tokenizer.size == 1024
+
+
+def test_nobody_knows_who_is_no_voice(job_of):
+    """Recordings of an unknown speaker are not each other's prompts."""
+    from metis_lib.data.store import UNKNOWN
+    from metis_lib.training.prepared import Voices
+
+    job = job_of("tts")
+    shards = job.tokens("train")
+    known = data.Tokens(shards, text=True, joined=1.0)
+    assert known.voices
+    record = shards.record
+    shards.record = lambda i: record(i) | {"speaker": UNKNOWN}
+    assert not data.Tokens(shards, text=True, joined=1.0).voices
+
+    class Store:
+        items = [{"id": "a"}, {"id": "b"}]
+
+        def length(self, i):
+            return 100
+
+        def __getitem__(self, i):
+            return np.full((100, 3), i)
+
+    same, nobody = Voices(Store(), dict.fromkeys("ab", "anna")), Voices(Store(), dict.fromkeys("ab", UNKNOWN))
+    rng = np.random.default_rng(0)
+    assert same.before("a", 100, 50, rng)[0][0, 0] == 1 and nobody.before("a", 100, 50, rng)[0][0, 0] == 0
+
+
+def test_texts_with_sounds_that_the_table_lacks_are_not_learned(job_of):
+    job = job_of("tts")
+    shards = job.tokens("train")
+    record = shards.record
+    shards.record = lambda i: record(i) | ({"phones": [*record(i)["phones"], "q'"]} if i == 2 else {})
+    source = data.Tokens(shards, text=True)
+    assert source.lengths[2] == 0 and (np.delete(source.lengths, 2) > 0).any()
+
+
+def test_texts_are_read_in_their_language(workshop, tmp_path, monkeypatch):
+    from metis_lib.data import store
+    from metis_lib.data.store import read_manifest, store_waves
+
+    monkeypatch.setitem(store.VOICES, "de", "de")
+    rows = [replace(row, text="Die schöne Sache.", language=lang)
+            for row, lang in zip(read_manifest(workshop[0])[:2], ("en", "de"), strict=True)]  # fmt: skip
+    asked = []
+
+    class Table(data.PhoneTokenizer):
+        def encode(self, text, language="en"):
+            asked.append(language)
+            return [1]
+
+    monkeypatch.setattr(data, "PhoneTokenizer", Table)
+    waves = store_waves(rows, tmp_path / "waves")
+    data.Speech(waves)
+    data.Adaptation(data.Pool(waves), data.Sources(), {"tts": 1.0}, tokenizer=Table())
+    assert asked == ["en", "de"] * 2
+
+
+def test_a_fine_tuning_that_died_early_is_run_again(workshop, tmp_path, monkeypatch):
+    """Killed before it wrote its own part: what stands there is the base's, linked."""
+    manifest, system = workshop
+    base, out = tmp_path / "base", tmp_path / "mine"
+    shutil.copytree(system, base)
+    recipes.train(make_job("se", base, manifest, steps=1))  # of rank 4
+    settings = recipes.settings_for("se", "debug", steps=2)
+
+    def full(*_):
+        raise MetisError("the disk is full")
+
+    monkeypatch.setattr(recipes, "save_part", full)
+    with pytest.raises(MetisError, match="disk is full"):
+        recipes.finetune("se", manifest, out, base=base, rank=8, settings=settings)
+    assert (out / "runs/se").is_dir()
+    monkeypatch.undo()
+    assert recipes.finetune("se", manifest, out, base=base, rank=8, settings=settings)["finished"]
+
+
+def test_only_pieces_of_one_model(small_queue):
+    path, _ = small_queue
+    found = queue.read(path)
+    assert queue.next_piece(found, "se") == 1 and queue.next_piece(found, "tts") is None
+    found["pieces"][1]["state"] = "done"
+    assert queue.next_piece(found, "se") is None and queue.next_piece(found) == 0
+
+
+def test_examples_belong_to_the_noise_that_is_in_them(job_of, tmp_path):
+    job = replace(job_of("se"), options={"passes": 1})
+    corpus = tmp_path / "corpus"
+    shutil.copytree(job.manifest.parent, corpus)
+    made = []
+    for noisy in (False, True):
+        if noisy:
+            soundfile.write(corpus / "hum.wav", 0.1 * np.random.default_rng(0).standard_normal(72_000), 24_000)
+            line = {"id": "hum", "path": "hum.wav", "split": "train"}
+            (corpus / "noise.jsonl").write_text(json.dumps(line) + "\n")
+        _, source, _ = recipes.BUILD["se"](replace(job, manifest=corpus / "manifest.jsonl"))
+        made.append(source.store.folder)
+    assert made[0] != made[1] and made[1].parent.name.startswith(made[0].parent.name)
+
+
+def test_a_task_like_conversion_learns_without_its_prompt_too(job_of, monkeypatch):
+    from metis_lib.data import examples
+    from metis_lib.tasks import TASKS
+
+    job = job_of("vc")
+    monkeypatch.setitem(TASKS, "accent", replace(TASKS["vc"], name="accent", like="vc", simulate=examples.vc))
+    pool = data.Pool(job.waves("train"))
+    source = data.Adaptation(pool, job.sources("train", pool), {"accent": 1.0}, dropout=0.5)
+    lost = [~source.batch([0, 1, 2], epoch=e, step=0)["exists"][:, 0] for e in range(8)]
+    assert 4 <= int(torch.cat(lost).sum()) <= 20
+
+
+def test_a_film_that_ends_too_early_is_left_out(workshop, tmp_path, monkeypatch):
+    from metis_lib.data import video
+    from metis_lib.data.store import read_manifest, store_waves
+
+    rows = read_manifest(workshop[0])[:2]
+    rows = [replace(rows[0], video="talk.mp4", text="", start=0.2), rows[1]]
+    monkeypatch.setattr(video, "read_lips", lambda path: np.zeros((3, 96, 96), np.uint8))
+    monkeypatch.chdir(tmp_path)
+    waves = store_waves(rows, tmp_path / "waves")
+    assert os.path.isabs(waves.items[0]["video"])
+    assert data.Lips(waves, seed=1).batch([0, 1], epoch=0, step=0)["ids"] == [rows[1].id]
+    with pytest.raises(MetisError, match="ends before 0.2 s"):
+        data.Lips(waves, seed=1).batch([0], epoch=0, step=0)

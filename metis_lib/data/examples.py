@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.perturb import Perturb, VoiceShift
 from metis_lib.data.simulate import HOP, Degradation, Extraction, Noises, Prompt, Rooms, degrade, power
-from metis_lib.data.store import FlatStore, Row
+from metis_lib.data.store import FlatStore, Row, read_span
 from metis_lib.errors import MetisError
 from metis_lib.tasks import TASKS
 
@@ -80,13 +79,18 @@ class Pool:
     def __init__(self, source: FlatStore | Sequence[Row | Utterance]) -> None:
         self.source: Any = source
         if isinstance(source, FlatStore):
-            about = [(x["id"], x["speaker"], x.get("text", ""), source.length(i)) for i, x in enumerate(source.items)]
+            about = [
+                (x["id"], x["speaker"], x.get("text", ""), source.length(i), x.get("language", "en"))
+                for i, x in enumerate(source.items)
+            ]
         else:
             lengths = [round(u.duration * AUDIO_RATE) if isinstance(u, Row) else len(u.wav) for u in source]
-            about = [(u.id, u.speaker, u.text, n) for u, n in zip(source, lengths, strict=True)]
+            about = [
+                (u.id, u.speaker, u.text, n, getattr(u, "language", "en")) for u, n in zip(source, lengths, strict=True)
+            ]
         if not about:
             raise MetisError("there is no speech to make examples of; is the manifest or the split empty?")
-        self.ids, self.speakers, self.texts, self.samples = (list(column) for column in zip(*about, strict=True))
+        self.ids, self.speakers, self.texts, self.samples, self.languages = map(list, zip(*about, strict=True))
         self.names = frozenset(self.speakers)
 
     def __len__(self) -> int:
@@ -97,8 +101,7 @@ class Pool:
             return Utterance(self.ids[i], self.speakers[i], self.source[i].astype(np.float32) / 32767, self.texts[i])
         if isinstance(held := self.source[i], Utterance):
             return held
-        span = slice(*(None if at is None else round(at * AUDIO_RATE) for at in (held.start, held.end)))
-        return Utterance(held.id, held.speaker, audio.read(held.audio, AUDIO_RATE).numpy()[span], held.text)
+        return Utterance(held.id, held.speaker, read_span(held).numpy(), held.text)
 
     def other(self, known: set[str], generator: np.random.Generator) -> Utterance:
         """An utterance of a speaker who is not in ``known``; MetisError where there is none."""

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from metis_lib.data import report
-from metis_lib.data.report import UNKNOWN, sentence_key
-from metis_lib.data.store import SPLITS, Row, parse_row, write_jsonl, write_manifest
+from metis_lib.data.report import sentence_key
+from metis_lib.data.store import SPLITS, UNKNOWN, Row, parse_row, write_jsonl, write_manifest
 from metis_lib.errors import MetisError
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -70,10 +71,19 @@ def _transcripts(folder: Path) -> dict[tuple[Path, str], str]:
     return found
 
 
+def id_of(place: Path) -> str:
+    """An id out of a relative path: letters, digits, ``_`` and ``-``.
+
+    Marks that stand for themselves (vowels of Devanagari, say) are kept as numbers, so that two names stay two.
+    """
+    name = unicodedata.normalize("NFC", place.with_suffix("").as_posix())
+    name = "".join(f"{ord(c):x}" if unicodedata.category(c).startswith("M") else c for c in name)
+    return re.sub(r"[^\w-]+", "-", name)
+
+
 def folder_entries(folder: Path) -> Iterator[Entry]:
     """Recordings below ``folder`` with their transcripts; who speaks is the name of the folder they lie in."""
     texts = _transcripts(folder)
-    librispeech = {path.parent for path in folder.rglob("*.trans.txt")}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() not in AUDIO or path.name.startswith("."):
             continue
@@ -83,16 +93,16 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
         above = [path.parent, *path.parent.parents][: len(place.parts)]
         text = text or next((texts[p, path.stem] for p in above if (p, path.stem) in texts), "")
         names = [p.name for p in above if p.name.lower() not in _GENERIC]
-        speaker = path.stem.split("-")[0] if path.parent in librispeech else (names or [folder.name])[0]
-        id = re.sub(r"[^\w-]+", "-", place.with_suffix("").as_posix())
-        yield {"id": id, "path": str(path), "text": text, "speaker": speaker}
+        reader = re.match(r"(\d+)([-_])\d+\2\d", path.stem)  # LibriSpeech, LibriTTS: reader, chapter, number
+        speaker = reader[1] if reader else (names or [folder.name])[0]
+        yield {"id": id_of(place), "path": str(path), "text": text, "speaker": speaker}
 
 
 def table_entries(path: Path, notes: list[str]) -> Iterator[Entry]:
     """Lines of a CSV, TSV or JSONL list, paths relative to it; ``notes`` gets the columns that are ignored."""
     content, ignored, lines = path.read_text(encoding="utf-8-sig"), Counter[str](), list[tuple[int, Any]]()
     if path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             try:
                 lines += [(number, json.loads(line))] if line.strip() else []
             except json.JSONDecodeError:

@@ -23,15 +23,13 @@ import soundfile
 
 from metis_lib import notebook
 from metis_lib.audio import SILENT_DB, frame_db
-from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl, write_text
+from metis_lib.data.store import UNKNOWN, Row, read_jsonl, read_manifest, write_jsonl, write_text
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import VOICES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNKNOWN = "unknown"
-"""The speaker of recordings of which nobody says who speaks."""
 Facts = dict[str, Any]
 """What was measured of a recording, or the ``reason`` and ``detail`` why it cannot be used."""
 

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 from metis_lib import audio, config
 from metis_lib.checkpoints import load_config_and_card, locate, sha256, system_hash
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
-from metis_lib.data.store import Row, read_manifest
+from metis_lib.data.store import Row, read_manifest, read_span
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.semantic import freeze
 from metis_lib.tokenizers.ssl import fbank
@@ -109,26 +109,10 @@ def _settle(path: Path, settings: dict[str, Any]) -> None:
         raise MetisError(f"{path.parent} was made with other settings: {', '.join(said[:3])}; take another folder")
 
 
-def _span(row: Row) -> Tensor:
-    """The recording of a row ``[S]`` at 24 kHz; of a long file, only the span is decoded."""
-    import soundfile
-
-    if row.start is None and row.end is None:
-        return audio.read(row.audio, AUDIO_RATE, **LIMITS)
-    try:
-        with soundfile.SoundFile(str(row.audio)) as file:
-            first = file.seek(round((row.start or 0.0) * file.samplerate))
-            count = -1 if row.end is None else round(row.end * file.samplerate) - first
-            span = file.read(count, "float32", always_2d=True), file.samplerate
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
-        raise MetisError(f"{row.path}: the span cannot be read ({str(error).rsplit(': ', 1)[-1]})") from error
-    return audio.load(span, AUDIO_RATE, **LIMITS)
-
-
 def _hear(row: Row) -> tuple[Tensor, Tensor, Tensor] | str:
     """Samples ``[S]`` at 24 kHz, filterbank ``[T, 160]`` and frames ``[1]`` that are attended to, or a reason."""
     try:
-        wav = _span(row)
+        wav = read_span(row, **LIMITS)
     except MetisError as error:
         return str(error).replace(str(row.audio), row.path)  # the same on every machine
     seconds = len(wav) / AUDIO_RATE

@@ -105,11 +105,15 @@ class Noises:
         return colour(length, 1.0 if kind == "pink" else 0.0, generator), kind
 
     @classmethod
-    def load(cls, corpus: str | os.PathLike[str], *, split: str = "train", speech: int = 160, seed: int = 0) -> Noises:
+    def load(
+        cls, corpus: str | os.PathLike[str], *, manifest: Path | None = None, split: str = "train", speech: int = 160,
+        seed: int = 0,
+    ) -> Noises:  # fmt: skip
         """The corpus's noise: ambient recordings of ``split`` and ``speech`` utterances for babble.
 
         Args:
             corpus: folder made by ``metis prepare nano``.
+            manifest: of the utterances, if it is not the folder's ``manifest.jsonl``.
             split: recordings for training or those held out (``test``).
             speech: how many utterances of that split are kept in memory (about 0.25 MB each).
             seed: which ones.
@@ -119,20 +123,18 @@ class Noises:
         """
         import soundfile
 
-        from metis_lib import audio
-        from metis_lib.data.store import read_jsonl, read_manifest
+        from metis_lib.data.store import read_jsonl, read_manifest, read_span
 
         corpus = Path(corpus)
         listed = [r for r in read_jsonl(corpus / "noise.jsonl") if r["split"] == split]
         if not listed:
             raise MetisError(f"{corpus}: no noise for {split!r}; run `metis prepare nano` first")
         ambient = [Recording(r["id"], soundfile.read(corpus / r["path"], dtype="int16")[0]) for r in listed]
-        rows = [r for r in read_manifest(corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
+        rows = [r for r in read_manifest(manifest or corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
         chosen = np.random.default_rng(seed).permutation(len(rows))[:speech]
         talk = []
         for row in (rows[i] for i in chosen):
-            span = slice(*(None if at is None else round(at * AUDIO_RATE) for at in (row.start, row.end)))
-            wav = audio.read(row.audio, AUDIO_RATE).numpy()[span]
+            wav = read_span(row).numpy()
             talk.append(Recording(row.speaker, (wav * 32767).round().astype(np.int16)))
         return cls(ambient, talk)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,12 +20,15 @@ from typing import Any
 
 import filelock
 import numpy as np
+from torch import Tensor
 
 from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import VOICES
 
+UNKNOWN = "unknown"
+"""The speaker of recordings of which nobody says who speaks."""
 SPLITS = ("train", "validation", "test", "seen")
 """``test`` holds out voices and sentences; ``seen`` sentences alone, said by voices of the training."""
 
@@ -112,7 +116,7 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) ->
         raise MetisError(f"{path}: no such manifest; make the nano corpus by `metis prepare nano`")
     rows: list[Row] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -236,24 +240,55 @@ class FlatStore:
         return FlatStore(folder)
 
 
+def read_span(row: Row, **limits: Any) -> Tensor:
+    """The recording of a row ``[S]`` at 24 kHz; of a long file, only the span is decoded.
+
+    Raises:
+        MetisError: as :func:`metis_lib.audio.read`, whose ``limits`` these are.
+    """
+    import soundfile
+
+    if row.start is None and row.end is None:
+        return audio.read(row.audio, AUDIO_RATE, **limits)
+    try:
+        with soundfile.SoundFile(str(row.audio)) as file:
+            first = file.seek(round((row.start or 0.0) * file.samplerate))
+            count = -1 if row.end is None else round(row.end * file.samplerate) - first
+            span = file.read(count, "float32", always_2d=True), file.samplerate
+    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+        raise MetisError(f"{row.path}: the span cannot be read ({str(error).rsplit(': ', 1)[-1]})") from error
+    return audio.load(span, AUDIO_RATE, **limits)
+
+
 def store_waves(rows: Sequence[Row], folder: Path) -> FlatStore:
-    """Decode recordings to 24 kHz int16 once; an existing store with the same ids is taken as it is."""
+    """Decode recordings to 24 kHz int16 once; an existing store with the same ids is taken as it is.
+
+    One that cannot be read has no samples there, and a warning says how many have none; MetisError where all have none.
+    """
     if (folder / "index.json").is_file():
         store = FlatStore(folder)
         if [item["id"] for item in store.items] == [row.id for row in rows]:
             return store
+    bad: list[str] = []
 
     def decode(row: Row) -> np.ndarray:
-        wav = audio.read(row.audio, AUDIO_RATE).numpy()
-        start, end = (None if at is None else round(at * AUDIO_RATE) for at in (row.start, row.end))
-        return (wav[start:end] * 32767).round().astype(np.int16)
+        try:
+            return (read_span(row).numpy() * 32767).round().astype(np.int16)
+        except MetisError as error:  # deleted since, or silent
+            bad.append(str(error))
+            return np.zeros(0, np.int16)
 
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         with ThreadPoolExecutor(2) as pool:
             for row, wav in zip(rows, pool.map(decode, rows), strict=True):
                 said = row.text if row.language in VOICES else ""  # nobody here reads it
-                record = {"id": row.id, "speaker": row.speaker, "text": said, "human": row.human}
-                film = {"video": str(row.root / row.video), "film_start": row.start or 0.0} if row.video else {}
-                yield record | film, wav
+                record = {"id": row.id, "speaker": row.speaker, "text": said, "language": row.language}
+                film = {"video": os.path.abspath(row.root / (row.video or "")), "film_start": row.start or 0.0}
+                yield record | {"human": row.human} | (film if row.video else {}), wav
+        if len(bad) == len(rows):
+            raise MetisError(f"none of the {len(rows)} recordings can be read, the last one for: {bad[-1]}")
 
-    return FlatStore.write(folder, pieces())
+    found = FlatStore.write(folder, pieces())
+    if bad:
+        warnings.warn(f"{len(bad)} of {len(rows)} recordings cannot be read, the first for: {bad[0]}", stacklevel=2)
+    return found

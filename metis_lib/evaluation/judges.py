@@ -25,6 +25,10 @@ from metis_lib.evaluation.metrics import JUDGE_RATE, METRICS, MetricFailure, Wav
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+ABSENT = "the judge is not available"
+"""How the reason begins why a judge, or the package that it is in, could not say anything of any clip."""
+
+
 def choose_device(asked: str, has_cuda: bool, who: str) -> str:
     """``cuda`` or ``cpu`` for ``auto``, ``cpu`` or ``cuda``; a note on stderr where CUDA is asked for in vain."""
     if asked.startswith("cuda") and not has_cuda:
@@ -94,7 +98,7 @@ class Judge:
         except MetricFailure as failure:
             found = [failure] * len(good) if self._unavailable or len(good) == 1 else self._singly(wavs_16k, good)
         except Exception as error:  # of somebody else's library: whatever it is, it is this clip's alone
-            found = [_reason(error)] if len(good) == 1 else self._singly(wavs_16k, good)
+            found = [reason_of(error)] if len(good) == 1 else self._singly(wavs_16k, good)
         for place, verdict in zip(good, found, strict=True):
             verdicts[place] = verdict
         return verdicts
@@ -113,7 +117,7 @@ class Judge:
         try:
             _ = self.model
         except Exception as error:  # no network, no package, weights of another layout
-            self._unavailable = f"the judge is not available: {_reason(error)}"
+            self._unavailable = f"{ABSENT}: {reason_of(error)}"
             raise MetricFailure(self._unavailable) from error
 
     def judge_many(self, wavs_16k: Sequence[Wave]) -> list[Any]:
@@ -133,7 +137,8 @@ class Judge:
             torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> MetricFailure:
+def reason_of(error: Exception) -> MetricFailure:
+    """Somebody else's exception as the reason of a missing number, in one line."""
     return MetricFailure((str(error) or type(error).__name__).splitlines()[0])
 
 

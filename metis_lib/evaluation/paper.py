@@ -263,6 +263,8 @@ def to_csv(found: Sequence[dict[str, Any]]) -> str:
 
 def write_tables(folder: str | Path, runs: Sequence[Run] = ()) -> list[Path]:
     """Write every table as ``tableNN.html``, ``.md``, ``.csv`` and ``.tex``; return the paths."""
+    if len({run.name for run in runs}) < len(runs):  # of two test sets' folders, say: rows go by name
+        runs = [run._replace(name=run.folder.resolve().as_posix()) for run in runs]
     written = []
     for table in tables():
         found = records(table, runs)

@@ -186,7 +186,7 @@ def read_rows(out: str | Path, task: str, system: str) -> list[dict[str, Any]]:
         path = Path(out) / task / f"{system}.jsonl"
     if not path.is_file():
         raise MetisError(f"no utterances at {path}; run: metis evaluate")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def run_rows(run: paper.Run, task: str, testset: str | Path | None = None) -> list[dict[str, Any]]:

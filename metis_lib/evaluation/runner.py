@@ -25,6 +25,7 @@ from unittest import mock
 from metis_lib.data.store import write_jsonl
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report, statistics
+from metis_lib.evaluation.judges import ABSENT
 from metis_lib.evaluation.metrics import TASKS, TaskSummary
 from metis_lib.evaluation.scoring import Verdicts, score
 from metis_lib.evaluation.statistics import summarise
@@ -238,6 +239,12 @@ def unit_key(task: str, parameters: Mapping[str, Any], checkpoint: str, manifest
     return record.sha256_of([given, hashes, record.code_hash("."), record.task_files(), weights])
 
 
+def _unjudged(folder: Path) -> bool:
+    """Whether a judge or its package was not to be had: the next run asks again (audio and verdicts are kept)."""
+    found = (path.read_text(encoding="utf-8") for path in folder.rglob("utterances.jsonl"))
+    return any(ABSENT in text for text in found)
+
+
 def evaluate(
     tasks: Sequence[str] = ("codec", "se", "tts"), systems: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     testset: str | Path = "human", out: str | Path = "results/evaluation", *, seeds: Sequence[int] = (0,),
@@ -305,7 +312,7 @@ def evaluate(
             reason = run_notebook(task_notebook(task), executed, parameters, log)
             took = round(time.perf_counter() - begin, 1)
             print(f"{task}: {f'failed: {reason}' if reason else 'done'} ({took:.0f} s)", file=sys.stderr, flush=True)
-            if not reason:
+            if not reason and not _unjudged(folder / task):
                 record.write_json(done, {"key": key, "wall_s": took, "device": where})
             return reason
         finally:

@@ -13,7 +13,7 @@ import soundfile
 from metis_lib import audio
 from metis_lib.assets import metis_home
 from metis_lib.evaluation import metrics, record
-from metis_lib.evaluation.judges import DnsmosJudge, Judge
+from metis_lib.evaluation.judges import ABSENT, DnsmosJudge, Judge, reason_of
 from metis_lib.evaluation.metrics import JUDGE_RATE, SPECS, TASKS, MetricFailure
 from metis_lib.evaluation.paper_judges import choose
 from metis_lib.evaluation.systems import Clip
@@ -55,8 +55,10 @@ class Verdicts:
         if not self._recall(protocol, key):
             try:
                 self._keep(protocol, key, judge(*(audio.read(path, JUDGE_RATE).numpy() for path in paths)))
-            except Exception as failure:  # of whatever library: one file's failure is its own
-                self._keep(protocol, key, _failure(failure))
+            except ImportError as error:
+                self._keep(protocol, key, MetricFailure(f"{ABSENT}: {error}"))
+            except Exception as error:  # of whatever library: one file's failure is its own
+                self._keep(protocol, key, reason_of(error))
         return self._memory[key]
 
     def many(self, judge: Judge, paths: Sequence[Path], label: str = "") -> list[Any]:
@@ -73,8 +75,8 @@ class Verdicts:
             for key, path in wanted[start : start + judge.batch]:
                 try:
                     waves[key] = audio.read(path, JUDGE_RATE).numpy()
-                except Exception as failure:
-                    self._keep(protocol, key, _failure(failure))
+                except Exception as error:
+                    self._keep(protocol, key, reason_of(error))
             for key, verdict in zip(waves, judge.many(list(waves.values())), strict=True):
                 self._keep(protocol, key, verdict)
         return [self._memory[key] for key in keys]
@@ -97,10 +99,6 @@ class Verdicts:
         self.computed += 1
         if not isinstance(verdict, MetricFailure):
             record.write_json(self._file(protocol, key), {"verdict": verdict})
-
-
-def _failure(error: Exception) -> MetricFailure:
-    return MetricFailure((str(error) or type(error).__name__).splitlines()[0])
 
 
 def score(
@@ -173,7 +171,7 @@ def _row(clip: Clip) -> dict[str, Any]:
     item, path = clip.item, clip.path
     return {
         "id": item.id, "system": clip.system, "seed": clip.seed, "speaker": item.speaker, "text": item.text,
-        "heard": None, "audio": f"audio/{path.name}" if path else None,
+        "heard": None, "audio": (Path("audio") / Path(item.id).parent / path.name).as_posix() if path else None,
         "sha256": record.sha256_file(path) if path else None,
         "seconds": round(soundfile.info(str(path)).duration, 4) if path else None,
         "seconds_to_make": clip.seconds_to_make, "error": clip.error, **dict.fromkeys(_COUNTS),

@@ -48,6 +48,7 @@ def numeral(digits: str) -> str:
 def expand_chinese(text: str) -> str:
     """Numbers written out: "2024年的3.5%" is "二零二四年的百分之三点五"."""
     names = _rules()["numerals"]
+    text = re.sub(r"\d", lambda m: str(int(m[0])), text)  # full-width digits
     for pattern, replacement in _rules()["symbols"]:
         text = re.sub(pattern, replacement, text)
     text = re.sub(r"(?<![\d.])\d{4}(?=年)", lambda m: "".join(names[int(d)] for d in m[0]), text)

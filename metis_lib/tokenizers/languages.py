@@ -47,7 +47,7 @@ def normalise(text: str, language: str) -> str:
     names, letters = own["abbreviations"], own["letters"]
     if names:
         pattern = rf"\b({'|'.join(map(re.escape, names))})(?!\w)\.?"
-        text = re.sub(pattern, lambda m: names[m[1].lower()], text, flags=re.IGNORECASE)
+        text = re.sub(pattern, lambda m: names.get(m[1].lower(), m[0]), text, flags=re.IGNORECASE)
     for name in own["rules"]:
         for pattern, replacement in rules()["rules"][name]:
             text = re.sub(pattern, replacement, text)

@@ -106,7 +106,7 @@ _RULES = (
 
 def expand_english(text: str) -> str:
     """Abbreviations and numbers written out: "Dr. Who paid $5" is "doctor. Who paid  five  dollars "."""
-    text = _ABBREVIATED.sub(lambda m: _ABBREVIATIONS[m[0].lower()], text)
+    text = _ABBREVIATED.sub(lambda m: _ABBREVIATIONS.get(m[0].lower(), m[0]), text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)  # type: ignore[arg-type]
     return text

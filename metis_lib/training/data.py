@@ -27,10 +27,11 @@ from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources
 from metis_lib.data.shards import Shards
 from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
-from metis_lib.data.store import FlatStore, read_jsonl, read_manifest, store_waves
+from metis_lib.data.store import UNKNOWN, FlatStore, read_jsonl, read_manifest, store_waves
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
 from metis_lib.models.stage1 import spread, stretch
+from metis_lib.tasks import like
 from metis_lib.tokenizers.ssl import SHORTEST, fbank
 from metis_lib.tokenizers.text import PhoneTokenizer
 from metis_lib.training.loop import TrainSettings
@@ -213,10 +214,12 @@ def waves_of(manifest: Path, split: str) -> FlatStore:
     return store_waves(rows, prepared(manifest) / f"waves-{split}")
 
 
-def sources_of(folder: Path, split: str, pool: Pool | None = None) -> Sources:
-    """Other speakers, noise and rooms of a corpus folder; held-out recordings hear held-out noise."""
+def sources_of(manifest: Path, split: str, pool: Pool | None = None) -> Sources:
+    """Other speakers, noise and rooms beside a manifest; held-out recordings hear held-out noise."""
+    folder = manifest.parent
     held_out = {row["split"] for row in read_jsonl(folder / "noise.jsonl")} - {"train"}
-    noises = Noises.load(folder, split="test" if split != "train" and "test" in held_out else "train")
+    chosen = "test" if split != "train" and "test" in held_out else "train"
+    noises = Noises.load(folder, manifest=manifest, split=chosen)
     return Sources(pool, noises, Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None)
 
 
@@ -255,12 +258,12 @@ def _heard(wav_24k: np.ndarray) -> Tensor:
     return features[0, : int(lengths[0])]
 
 
-def _phone_ids(texts: Sequence[str], tokenizer: PhoneTokenizer) -> list[list[int]]:
-    """Phone ids of texts; empty where a text holds nothing to say."""
+def _phone_ids(texts: Iterable[tuple[str, str]], tokenizer: PhoneTokenizer) -> list[list[int]]:
+    """Phone ids of texts and their languages; empty where a text holds nothing to say."""
     out: list[list[int]] = []
-    for text in texts:
+    for text, language in texts:
         try:
-            out.append(tokenizer.encode(text) if text else [])
+            out.append(tokenizer.encode(text, language) if text else [])
         except MetisError:
             out.append([])
     return out
@@ -287,7 +290,8 @@ class Speech:
     def __post_init__(self) -> None:
         frames = (self.waves.ends - self.waves.starts) // HOP
         self.lengths = np.where(frames >= 15, np.minimum(frames, self.longest), 0)
-        self.phones = _phone_ids([item["text"] for item in self.waves.items], PhoneTokenizer())
+        texts = ((item["text"], item.get("language", "en")) for item in self.waves.items)
+        self.phones = _phone_ids(texts, PhoneTokenizer())
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         clean: list[Tensor] = []
@@ -392,12 +396,14 @@ class Tokens:
         self.lengths = np.where(frames >= self.shortest, np.minimum(frames, self.longest), 0)
         records = [self.shards.record(i) for i in range(len(frames))] if self.text or self.joined else []
         if self.text:  # of a cut recording nobody knows which words are left
-            worded = np.array([0 < len(self._ids(record)) < 400 for record in records])
+            ids = [self._ids(record) for record in records]  # with phones that the table lacks: not a text to learn
+            whole = (len(r.get("phones", ())) == len(found) for r, found in zip(records, ids, strict=True))
+            worded = np.array([0 < len(found) < 400 and same for found, same in zip(ids, whole, strict=True)])
             self.lengths = np.where(worded & (frames <= self.longest), self.lengths, 0)
         self.voices: dict[str, list[tuple[int, int]]] = {}
         short = np.flatnonzero((self.lengths > 0) & (frames <= self.JOINED)) if self.joined else frames[:0]
         for i in short[np.argsort(frames[short], kind="stable")].tolist():
-            if speaker := records[i].get("speaker"):
+            if (speaker := records[i].get("speaker", UNKNOWN)) != UNKNOWN:
                 self.voices.setdefault(speaker, []).append((int(frames[i]), i))
 
     def _after_another(self, i: int, epoch: int, frames: float) -> list[tuple[Any, ...]]:
@@ -503,7 +509,8 @@ class Adaptation:
         }  # fmt: skip
         usable = set.intersection(*(set(made.usable) for made in self.made.values()))
         if "tts" in self.odds:
-            usable &= {i for i, ids in enumerate(_phone_ids(self.pool.texts, self.tokenizer)) if ids}
+            texts = zip(self.pool.texts, self.pool.languages, strict=True)
+            usable &= {i for i, ids in enumerate(_phone_ids(texts, self.tokenizer)) if ids}
         frames = np.minimum(np.array(self.pool.samples) // HOP, self.longest)
         self.lengths = np.array([n if i in usable else 0 for i, n in enumerate(frames)])
         self.at = {} if self.shards is None else {self.shards.record(i)["id"]: i for i in range(len(self.shards))}
@@ -546,11 +553,12 @@ class Adaptation:
             hidden[:, :given] = False
             hidden[0, given] |= ~hidden.any()
             masks.append((t, torch.tensor([given]), hidden))
-            if task in ("vc", "tse") and chance(self.seed, epoch, i, 2).random() < self.dropout:
+            if like(task) in ("vc", "tse") and chance(self.seed, epoch, i, 2).random() < self.dropout:
                 exists[row, :given] = False
         out |= _masks(masks) | {"exists": exists}
         if told:
-            ids = _phone_ids([example.text or "" for _, example in examples], self.tokenizer)
+            texts = ((example.text or "", self.pool.languages[i]) for i, example in examples)
+            ids = _phone_ids(texts, self.tokenizer)
             out |= phone_batch(ids, lengths, self.tokenizer.pad_id)
         return out
 
@@ -602,11 +610,12 @@ class Lips:
             target, film = _heard(self.waves[i].astype(np.float32) / 32767), self.waves.items[i].get("video")
             try:
                 timed = self.timed(i) if self.waves.items[i]["text"] else []
-                video = (
-                    read_lips(film)[self._first(i) :]
-                    if film
-                    else render(timed, len(target), FaceStyle.sample(rng), rng)
-                )
+                if film:
+                    video = read_lips(film)[self._first(i) :]
+                else:
+                    video = render(timed, len(target), FaceStyle.sample(rng), rng)
+                if not len(video):
+                    raise MetisError(f"{film} ends before {self._first(i) / 25:g} s, where the recording begins")
             except MetisError as error:  # a text that is not what is said, a film without a face
                 failed = str(error)
                 continue

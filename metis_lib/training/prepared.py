@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metis_lib.data.store import FlatStore
+from metis_lib.data.store import UNKNOWN, FlatStore
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
 from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, padded, plan, read, torch_chance
@@ -85,7 +85,12 @@ class Voices:
         self.of: dict[str, list[tuple[int, int]]] = {}
         for n, id, j in sorted((min(self.store.length(j), self.LONGEST), id, j) for id, j in self.at.items()):
             if n >= 25:
-                self.of.setdefault(self.speakers.get(id, id), []).append((n, j))
+                self.of.setdefault(self._who(id), []).append((n, j))
+
+    def _who(self, id: str) -> str:
+        """Who speaks; of whom nobody knows that has said nothing else."""
+        speaker = self.speakers.get(id, UNKNOWN)
+        return id if speaker == UNKNOWN else speaker
 
     def before(self, id: str, frames: int, wanted: float, generator: np.random.Generator) -> tuple[np.ndarray, int]:
         """A prompt ``[P, 1 + C]`` of about ``wanted`` frames for an example of ``frames``, and how many of the latter
@@ -93,7 +98,7 @@ class Voices:
 
         Where the speaker has said nothing else it is the beginning of the example, a fifth to a half of it.
         """
-        others = [one for one in self.of.get(self.speakers.get(id, id), ()) if one[1] != self.at.get(id)]
+        others = [one for one in self.of.get(self._who(id), ()) if one[1] != self.at.get(id)]
         if others:
             return self.store[about_as_long(others, wanted, generator)][: self.LONGEST], 0
         own = self.at.get(id)

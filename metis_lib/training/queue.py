@@ -44,9 +44,10 @@ def read(path: Path) -> dict[str, Any]:
     return queue
 
 
-def next_piece(queue: dict[str, Any]) -> int | None:
-    """Number of the first entry that is not done."""
-    return next((i for i, entry in enumerate(queue["pieces"]) if entry.get("state") != "done"), None)
+def next_piece(queue: dict[str, Any], only: str | None = None) -> int | None:
+    """Number of the first entry (of the model ``only``) that is not done."""
+    left = (i for i, e in enumerate(queue["pieces"]) if e.get("state") != "done" and only in (None, e["model"]))
+    return next(left, None)
 
 
 def table(queue: dict[str, Any]) -> str:
@@ -95,10 +96,9 @@ def run_next(
         The entry, with ``number`` and ``finished``; MetisError where nothing is left, or what ``train`` raises.
     """
     queue = read(path)
-    open_ones = [i for i, e in enumerate(queue["pieces"]) if e.get("state") != "done" and only in (None, e["model"])]
-    if not open_ones:
+    number = next_piece(queue, only)
+    if number is None:
         raise MetisError(f"{path}: nothing is left to train" + (f" of {only}" if only else ""))
-    number = open_ones[0]
     entry = queue["pieces"][number]
     bring_shipped(queue)
     options = options_for(entry["model"], queue["preset"]) | entry.get("options", {})

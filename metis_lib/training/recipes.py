@@ -7,6 +7,7 @@ A job works in a system's folder: it reads the parts that earlier jobs left ther
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 
+from metis_lib.assets import sha256_file
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
 from metis_lib.config import (
     AcousticCodecConfig,
@@ -28,7 +30,6 @@ from metis_lib.config import (
     Stage1Config,
     Stage2Config,
     SystemConfig,
-    preset,
 )
 from metis_lib.data.examples import Pool, Simulation, Sources
 from metis_lib.data.shards import Packed, Shards, tokenise
@@ -40,8 +41,8 @@ from metis_lib.models.discriminators import NANO, DiscriminatorConfig
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
-from metis_lib.stores import phone_head
-from metis_lib.tasks import TASKS, task
+from metis_lib.stores import phone_head, phone_table, sizes
+from metis_lib.tasks import TASKS, like, own, task
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder
 from metis_lib.tokenizers.semantic import SemanticCodec
@@ -176,10 +177,14 @@ class Job:
 
     def sources(self, split: str, pool: Pool | None = None) -> Sources:
         """Noise, rooms and other speakers; only coloured noise where the corpus has none."""
-        folder = self.recordings.parent
-        if not (folder / "noise.jsonl").is_file():
+        if not (self.recordings.parent / "noise.jsonl").is_file():
             return Sources(pool)
-        return data.sources_of(folder, split, pool)
+        return data.sources_of(self.recordings, split, pool)
+
+    @cached_property
+    def phones(self) -> PhoneTokenizer:
+        """The phone table that the system's tasks are told texts by."""
+        return phone_table(self.out)
 
     @cached_property
     def phone_head(self) -> torch.nn.Linear:
@@ -330,7 +335,7 @@ def _task(job: Job) -> Built:
     entry, o = task(job.model), job.chosen
     told = o["text_hint"] != "none" and entry.takes_text
     hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
-    changes = entry.changes(job.system, phone_vocab=PhoneTokenizer().size, **hint)
+    changes = entry.changes(job.system, phone_vocab=job.phones.size, **hint)
     apart = bool(o["passes"]) and bool({"vc", "tse"} & set(entry.mixture or (job.model,)))
     config = TaskConfig(job.model, changes, job.rank if job.mode == "lora" else 0, apart)
     base, (base_config, _) = load_state(job.out / "stage1"), load_config_and_card(job.out / "stage1", Stage1Config)
@@ -363,7 +368,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
         timed = job.timed(split) if o["text_hint"] == "timed" else None
         return data.Tokens(
             job.tokens(split), entry.masking, text=True, dropout=drop, longest=longest, seed=seed, timed=timed,
-            joined=o["joined"] if split == "train" else 0.0,
+            joined=o["joined"] if split == "train" else 0.0, tokenizer=job.phones,
         )  # fmt: skip
 
     def simulated(odds: dict[str, float], **changes: Any) -> Any:
@@ -372,7 +377,8 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
         pool = Pool(job.waves(split))
         shards = job.tokens(split) if not o["audio"] else None
         given: dict[str, Any] = {"sources": job.sources(split, pool), "masking": entry.masking, **changes}
-        return data.Adaptation(pool, odds=odds, shards=shards, dropout=drop, longest=longest, seed=seed, **given)
+        given |= {"shards": shards, "tokenizer": job.phones}
+        return data.Adaptation(pool, odds=odds, dropout=drop, longest=longest, seed=seed, **given)
 
     if frozen is None:
         return spoken()
@@ -382,6 +388,10 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
 
     def examples(name: str, source: Any, passes: float, *parts: str) -> FlatStore:
         made_by = "-".join(system_hash(job.out / part)[:8] for part in ("ssl", "semantic_codec", *parts))
+        if name in ("se", "tse", *own()):
+            around = (job.recordings.parent / file for file in ("noise.jsonl", "rirs.safetensors"))
+            hashes = "".join(sha256_file(file) for file in around if file.is_file())
+            made_by += f"-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}" if hashes else ""
         folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)
         device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -409,7 +419,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
             continue
         source = simulated({name: 1.0}, params=whole, masking=silent) if name in prompted else simulated({name: 1.0})
         store = examples(name, source, o["passes"] if split == "train" else 1, *(("lips",) if lips else ()))
-        free = drop if name in ("vc", "tse") else 0.0
+        free = drop if like(name) in ("vc", "tse") else 0.0
         sources[name] = Prepared(
             store, name, entry.masking, free, seed, voices if name in prompted else None, entry.takes_video
         )
@@ -525,8 +535,8 @@ def train(
         save_part(job.folder, done["state"], done["config"], card(scores, job.settings, **facts))
     fabric.barrier()
     if scores["finished"] and fabric.is_global_zero:  # the next run begins from the weights
-        shutil.rmtree(run / "states", ignore_errors=True)
         (run / "finished").touch()
+        shutil.rmtree(run / "states", ignore_errors=True)
     return scores
 
 
@@ -547,20 +557,6 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
             shutil.copy(path, target.with_name(f".{target.name}.part"))
             os.replace(target.with_name(f".{target.name}.part"), target)
     return sizes(out)
-
-
-def sizes(folder: Path, preset_name: str = "nano") -> SystemConfig:
-    """The configuration of a system's folder, part by part; parts that it lacks are the preset's."""
-    parts: dict[str, Any] = {
-        "ssl": SSLConfig, "semantic": SemanticCodecConfig, "acoustic": AcousticCodecConfig, "stage1": Stage1Config,
-        "stage2_layer1": Stage2Config, "stage2_full": Stage2Config, "lips": LipConfig,
-    }  # fmt: skip
-    found = {
-        name: load_config_and_card(folder / FOLDERS.get(name, name), cls)[0]
-        for name, cls in parts.items()
-        if (folder / FOLDERS.get(name, name) / "config.json").is_file()
-    }
-    return replace(preset(preset_name), name=folder.name, **found)
 
 
 def finetune(
@@ -607,7 +603,7 @@ def finetune(
             )
     system = derive(base, out)
     like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
-    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank)}
+    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank, locate(base))}
     if like == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
@@ -620,17 +616,19 @@ def finetune(
     return train(job, say=say, **more)
 
 
-def match_task(out: Path, name: str, mode: str, rank: int) -> dict[str, Any]:
+def match_task(out: Path, name: str, mode: str, rank: int, base: Path) -> dict[str, Any]:
     """Make room for a task of another mode or rank than the one in ``out``; the options (text hint) of what was there.
 
-    A task that fits stays, to go on from.
+    A task that fits stays, to go on from.  MetisError for one of another kind that was trained there, and not only
+    linked from ``base`` (again, where a run died before it had written its own).
     """
-    folder = out / FOLDERS[name]
+    folder, theirs = out / FOLDERS[name], base / FOLDERS[name] / "config.json"
     if not (folder / "config.json").is_file():
         return {"text_hint": "even"} if task(name).takes_text else {}
     config, about = load_config_and_card(folder, TaskConfig)
     if config.lora_rank != rank or about.get("mode", "lora" if config.lora_rank else "adapter") != mode:
-        if (out / "runs" / name).is_dir():
+        linked = theirs.is_file() and theirs.read_bytes() == (folder / "config.json").read_bytes()
+        if (out / "runs" / name).is_dir() and not linked:
             raise MetisError(f"{folder} was trained here in another mode or rank; take another --out")
         shutil.rmtree(folder)
     return {key: config.stage1[key] for key in ("text_hint", "hint_width") if key in config.stage1}

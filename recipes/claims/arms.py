@@ -30,6 +30,7 @@ from metis_lib.evaluation import record
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
+from metis_lib.stores import sizes
 from metis_lib.tasks import TASKS
 from metis_lib.tokenizers.lips import LipEncoder
 from metis_lib.tokenizers.semantic import SemanticCodec
@@ -153,7 +154,7 @@ class Lab:
     @cached_property
     def sizes(self) -> SystemConfig:
         """The configurations of the system's parts; of those that it lacks, nano's."""
-        return recipes.sizes(self.system)
+        return sizes(self.system)
 
     def settings(self, tokens: int, seed: int, lr: float | None = None) -> TrainSettings:
         """How an arm of ``tokens`` padded frames is trained."""

@@ -177,7 +177,7 @@ def all_claims(lab: Lab) -> list[Claim]:
         ]  # fmt: skip
     found += [
         Claim(f"schedule-{task}", f"No schedule is better than the published cosine ({task}).",
-              "MaskGIT section 4.3; Metis section 3.1, never compared", task, "31", "word error rate", 0.05,
+              "MaskGIT section 4.4; Metis section 3.1, never compared", task, "31", "word error rate", 0.05,
               no_worse=True, study=(f"schedule-{task}", "wer", RIVAL, "cosine"))
         for task in ("tts", "se")
     ]  # fmt: skip

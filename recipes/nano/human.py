@@ -25,7 +25,7 @@ import torch
 from metis_lib import audio
 from metis_lib.audio import frame_db, level, trim
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.store import row, write_jsonl
+from metis_lib.data.store import UNKNOWN, row, write_jsonl
 from recipes.nano import packages
 
 SUITE = "bookworm"
@@ -207,14 +207,13 @@ def _untexted() -> Iterator[tuple[str, str, str, str, str, Path | bytes]]:
         package = f"fillets-ng-data-{language}"
         root = packages.fetch_deb(package, SUITE) / "usr/share/games/fillets-ng/sound"
         for path in sorted(root.glob(f"*/{language}/*.ogg")):
-            who = path.stem.split("-")[1] if path.stem.split("-")[1:2] in (["m"], ["v"]) else "others"
-            id = f"fillets-{language}-{path.parts[-3]}-{path.stem}"
-            yield package, id, f"fillets-{language}-{who}", language, "GPL-2+", path
+            known = path.stem.split("-")[1:2] in (["m"], ["v"])
+            who = f"fillets-{language}-{path.stem.split('-')[1]}" if known else UNKNOWN
+            yield package, f"fillets-{language}-{path.parts[-3]}-{path.stem}", who, language, "GPL-2+", path
     package = "flight-of-the-amazon-queen"
     data = next((packages.fetch_deb(package, SUITE) / "usr/share/scummvm").rglob("queen.1c")).read_bytes()
     for name, clip in queen_clips(data):
-        who = "joe" if "j" in name else "others"
-        yield package, f"queen-{name}", f"queen-{who}", "en", QUEEN_LICENCE, clip
+        yield package, f"queen-{name}", "queen-joe" if "j" in name else UNKNOWN, "en", QUEEN_LICENCE, clip
 
 
 def _store_untexted(out: Path, item: tuple[str, str, str, str, str, Path | bytes]) -> dict[str, Any] | None:

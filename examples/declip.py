@@ -54,6 +54,6 @@ def make_testset(out: Path, source: str = "human") -> None:
 
 if __name__ == "__main__":
     make_testset(Path(sys.argv[1]))
-else:
+elif "declip" not in tasks.TASKS:  # METIS_TASKS may have named this file already
     declip = dataclasses.replace(tasks.TASKS["se"], name="declip", title="De-clipping", like="se", simulate=simulate)
     tasks.add(declip)

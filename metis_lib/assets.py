@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -211,8 +212,11 @@ def reachable(url: str, seconds: float = 4.0) -> bool:
 
         def ask() -> None:
             with suppress(OSError, ValueError):
-                with suppress(urllib.error.HTTPError):  # it answered, if only with a refusal
+                try:
                     urllib.request.urlopen(urllib.request.Request(root, method="HEAD"), timeout=seconds).close()
+                except urllib.error.URLError as error:  # a refusal is an answer, and so is a certificate
+                    if not isinstance(error, urllib.error.HTTPError) and not isinstance(error.reason, ssl.SSLError):
+                        raise
                 answered.set()
 
         thread = threading.Thread(target=ask, daemon=True)  # looking up a name can outlast every timeout

@@ -11,6 +11,7 @@ import html
 import io
 import json
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from metis_lib import audio
 from metis_lib.assets import sha256_file
 from metis_lib.config import AUDIO_RATE, FRAME_RATE
+from metis_lib.errors import MetisError
 from metis_lib.tokenizers.acoustic import mel_filters
 
 if TYPE_CHECKING:
@@ -72,6 +74,24 @@ def player_html(source: audio.Source, label: str = "") -> str:
     if len(wav) > limit:
         label = f"{label} (first {MAX_PLAYER_SECONDS:.0f} s of {len(wav) / AUDIO_RATE:.0f} s)".strip()
     return audio.player(wav[:limit], AUDIO_RATE, label)
+
+
+def fresh(folder: Path) -> Path:
+    """Make or empty the folder of a notebook, below ``results/runs`` or one that it made itself.
+
+    Raises:
+        MetisError: there are files in it of which nobody knows whether they may go.
+    """
+    from metis_lib.evaluation.record import ROOT
+
+    mark = folder / ".made-by-notebook"
+    if not folder.resolve().is_relative_to(ROOT / "results" / "runs") and not mark.is_file():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise MetisError(f"{folder} holds files that this notebook did not make; choose another out")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
+    return folder
 
 
 def png(figure: Figure) -> str:

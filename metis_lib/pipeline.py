@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -89,10 +90,16 @@ NEEDS = {
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is CUDA, else Apple's MPS, else the CPU."""
+    """``auto`` is CUDA where it works (a warning where it is there and does not), else Apple's MPS, else the CPU."""
     if device == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda")
+            try:
+                torch.zeros(1, device="cuda").item()
+                return torch.device("cuda")
+            except RuntimeError as error:  # no kernels for an old one, say
+                why = str(error).splitlines()[0]
+                warnings.warn(f"the GPU cannot be used, so the CPU is ({why}); see docs/install.md", stacklevel=2)
+                return torch.device("cpu")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.zeros(1, device=device).item()

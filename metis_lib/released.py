@@ -147,7 +147,7 @@ class Released:
         if not self.on_hub:
             raise MetisError(f"{self.name} lacks {file.path}; get it by: {how}{note}")
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
         hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         offline = self.local_files_only or not assets.reachable(hub)  # the client tries again for minutes
@@ -160,7 +160,7 @@ class Released:
                 problem = f"not in the cache, and the hub is out of reach (HF_ENDPOINT: a mirror); elsewhere run: {how}"
             except EntryNotFoundError:
                 problem = problem or f"the hub has no such file{note}"
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, HTTPError) as error:
                 problem = problem or str(error).strip().partition("\n")[0]
         raise MetisError(f"{file.path} of {repo}: {problem}")
 

@@ -238,3 +238,20 @@ def test_real_debian_packages(tmp_path, monkeypatch):
     assert list(data.glob("librivox/*.wav"))
     with pytest.raises(MetisError, match="no-such-package"):
         packages.fetch_deb("no-such-package")
+
+
+@pytest.mark.parametrize(("reason", "there"), [("certificate", True), ("refused", True), ("no route", False)])
+def test_a_hub_that_answers_at_all_is_there(reason, there, monkeypatch):
+    """Whether to trust its certificate is for the client to say, which brings its own."""
+    import ssl
+    import urllib.error
+
+    def urlopen(request, timeout):
+        if reason == "refused":
+            raise urllib.error.HTTPError(request.full_url, 403, "no", None, None)
+        raise urllib.error.URLError(ssl.SSLCertVerificationError() if reason == "certificate" else OSError(reason))
+
+    monkeypatch.setattr(assets.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(assets, "_probed", {})
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert assets.reachable("https://hub.example") == there

@@ -266,7 +266,9 @@ def test_an_arm_is_decoded_by_the_rest_of_the_system_as_it_is_now(lab, tmp_path,
     ))  # fmt: skip
     decode.maker(mine, "two-stages", "two stages", 0)
     assert loaded == [system] and (system / "tasks/se/config.json").read_text() == "of the arm, or old"
-    assert (system / "stage2_full/config.json").samefile(lab.system / "stage2_full" / "config.json")
+    for file, same in (("model.safetensors", True), ("config.json", False)):  # what people edit is a copy
+        mine, theirs = system / "stage2_full" / file, lab.system / "stage2_full" / file
+        assert mine.samefile(theirs) == same and mine.read_bytes() == theirs.read_bytes()
     assert not (system / "decode.json").exists()  # the system has none
 
 

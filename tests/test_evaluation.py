@@ -805,3 +805,44 @@ def test_loading_is_no_part_of_the_time_to_make(tmp_path: Path, monkeypatch: Any
     monkeypatch.setattr(systems.Systems, "make", lambda self, system, item: made)
     (clip,) = systems.produce(speech()[:1], ["nsnet2"], tmp_path)
     assert clip.seconds_to_make is not None and clip.seconds_to_make < 0.3
+
+
+def test_whisper_hears_on_the_cpu_where_cublas_is_missing(monkeypatch: Any) -> None:
+    import ctranslate2
+    import faster_whisper
+
+    made, told = [], []
+    monkeypatch.setattr(ctranslate2, "get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr(faster_whisper, "WhisperModel", lambda *_, **given: made.append(given["device"]))
+    monkeypatch.setattr(judges.assets, "fetch", lambda name: name)
+    monkeypatch.setattr(judges.assets, "say", told.append)
+    for there in (False, True):
+        monkeypatch.setattr(judges, "has_cublas", lambda there=there: there)
+        _ = judges.WhisperJudge("auto").model
+    assert made == ["cpu", "cuda"] and len(told) == 1 and "libcublas" in told[0]
+
+
+def test_a_manifest_to_train_with_is_no_test_set(tmp_path: Path) -> None:
+    line = {"id": "a", "path": "a.wav", "split": "train", "source": "mine", "speaker": "anna"}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(MetisError, match="to train with, not a test set"):
+        systems.load_items(tmp_path, "se")
+
+
+def test_published_weights_are_fetched_before_their_hashes_are_taken(monkeypatch: Any, tmp_path: Path) -> None:
+    from metis_lib import released
+
+    asked: list[tuple[str, str]] = []
+
+    class Place:
+        tasks = ("se", "tts")
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def require(self, task: str) -> None:
+            asked.append((self.name, task))
+
+    monkeypatch.setattr(released, "Released", Place)
+    runner._fetch(["nano", "debug", "amphion/metis"], ["se", "codec"])
+    assert asked == [("amphion/metis", "se"), ("amphion/metis", "base")]

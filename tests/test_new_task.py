@@ -80,3 +80,10 @@ def test_bad_tasks_are_refused(new: Task, why: str) -> None:
 def test_a_missing_file_is_named() -> None:
     with pytest.raises(MetisError, match="nowhere.py"):
         load("nowhere.py")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_example_can_be_imported_wherever_it_is_named(named: bool) -> None:
+    environment = {**os.environ, "METIS_TASKS": str(FILE) if named else ""}
+    call = "import examples.declip; from metis_lib.tasks import TASKS; assert 'declip' in TASKS"
+    subprocess.run([sys.executable, "-c", call], env=environment, cwd=ROOT, check=True)

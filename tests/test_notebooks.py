@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from metis_lib import audio, notebook
+from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskedTrace
 
 
@@ -87,3 +88,17 @@ def test_curves_show_what_was_logged(tmp_path: Path, capsys: Any, monkeypatch: A
     assert training.lines[0].get_ydata().tolist() == [5.0, 2.5, 5.0 / 3] and held_out.get_title() == "held out"
     notebook.live_curves(tmp_path)("step 3")
     assert capsys.readouterr().out == "step 3\n"
+
+
+def test_a_notebook_empties_only_what_it_made(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    notebook.fresh(mine)  # empty: nothing to lose
+    (mine / "made.txt").write_text("x")
+    notebook.fresh(mine)
+    assert not (mine / "made.txt").exists()
+    (tmp_path / "speech.wav").write_bytes(b"precious")
+    for folder in (tmp_path, tmp_path / "speech.wav"):
+        with pytest.raises(MetisError, match="did not make"):
+            notebook.fresh(folder)
+    assert (tmp_path / "speech.wav").read_bytes() == b"precious"

@@ -716,6 +716,58 @@ def test_babble_comes_from_the_manifest_that_trains(tmp_path: Path) -> None:
     store.write_jsonl(corpus / "noise.jsonl", [{"id": "hum", "path": "hum.wav", "split": "train"}])
     save(corpus / "a.wav", speech(0))
     row = Row("a", "a.wav", "", "en", "anna", 3.0, "train", "s", "CC0", True)
-    store.write_manifest(corpus / "list.jsonl", [row, replace(row, id="b", split="test", speaker="ben")])
+    rows = [row, replace(row, id="b", split="test", speaker="ben"), replace(row, id="c", path="gone.wav")]
+    store.write_manifest(corpus / "list.jsonl", rows)
     sources = data.sources_of(corpus / "list.jsonl", "train")
     assert [recording.name for recording in sources.noises.speech] == ["anna"]
+
+
+def test_dates_are_no_readers_and_dots_belong_to_names(tmp_path: Path) -> None:
+    recs = tmp_path / "recs"
+    for i, place in enumerate(("anna/2024-01-15_a", "ben/2024-01-15_b", "2024-01-15 10-22-31")):
+        save(recs / f"{place}.wav", speech(i))
+    save(recs / "103_1240_000001_000000.wav", speech(3))  # LibriTTS without its folders
+    rows = {Path(row.path).stem: row.speaker for row in build_manifest(recs, tmp_path / "out").rows}
+    assert rows == {
+        "2024-01-15_a": "anna", "2024-01-15_b": "ben", "2024-01-15 10-22-31": "recs", "103_1240_000001_000000": "103",
+    }  # fmt: skip
+    lj = tmp_path / "lj"
+    for i, name in enumerate(("anna.0001", "anna.0002")):
+        save(lj / "wavs" / f"{name}.wav", speech(i))
+    texts = [ITEMS[0]["text"], ITEMS[1]["text"]]
+    (lj / "metadata.csv").write_text(f"anna.0001|{texts[0]}\nanna.0002.wav|{texts[1]}\n", encoding="utf-8")
+    assert [row.text for row in build_manifest(lj, tmp_path / "dots").rows] == texts
+
+
+def test_the_two_sides_of_a_call_are_not_averaged(tmp_path: Path) -> None:
+    lhotse = pytest.importorskip("lhotse")
+    n = min(len(speech(0)), len(speech(1)))
+    path = save(tmp_path / "call.wav", np.stack([speech(0)[:n], speech(1)[:n]], axis=1))
+    for name, channels, refused in (("call", (0, 1), 1), ("stereo", (0, 0), 0)):
+        segments = [
+            lhotse.SupervisionSegment(f"{name}-{i}", "call", 0.3 * i, 2.0, text="hello you", speaker=str(i), channel=c)
+            for i, c in enumerate(channels)
+        ]
+        folder = tmp_path / name
+        folder.mkdir()
+        lhotse.RecordingSet.from_recordings([lhotse.Recording.from_file(path)]).to_file(folder / "recordings.jsonl.gz")
+        lhotse.SupervisionSet.from_segments(segments).to_file(folder / "supervisions.jsonl.gz")
+        found = list(importers.lhotse_entries(folder))
+        assert sum("one channel of two" in e.get("detail", "") for e in found) == refused
+        assert len([e for e in found if "reason" not in e]) == 2 * (not refused)
+
+
+def test_a_sentence_stays_where_somebody_says_it() -> None:
+    voices = [f"v{i}" for i in range(12)]
+    own = [{"speaker": v, "text": f"{v} says line {i}", "path": f"{v}-{i}", "seconds": 3.0}
+           for v in voices for i in range(5)]  # fmt: skip
+    split = dict(zip(voices, importers.assign_splits(own[::5], (0.9, 0.05, 0.05), "speaker", 0, []), strict=True))
+    few = [v for v in voices if split[v] != "train"]
+    assert len(few) >= 2
+    said = [{"speaker": v, "text": text, "path": f"{v}-{text}", "seconds": 1.0}
+            for text, who in (("yes", voices), ("no", [few[0], "v1"]), ("maybe", [few[1], "v2"]), ("so", few))
+            for v in who]  # fmt: skip
+    given = importers.assign_splits([*own, *said], (0.9, 0.05, 0.05), "speaker", 0, [])[len(own) :]
+    for text in ("yes", "no", "maybe", "so"):
+        kept = {s for e, s in zip(said, given, strict=True) if e["text"] == text and s is not None}
+        assert len(kept) == 1, text

@@ -395,3 +395,19 @@ def test_arrays_at_24_khz_are_heard_as_such_as_released(debug):
     wav = hum(1.0)
     for given in (wav, wav.numpy()):
         assert len(released._hear_both(given, 0.2, 10.0)[1]) == 16_000
+
+
+def test_a_gpu_without_kernels_is_left_alone(monkeypatch):
+    from metis_lib.pipeline import pick_device
+
+    zeros = torch.zeros
+
+    def old(*size, device=None, **more):
+        if device == "cuda":
+            raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+        return zeros(*size, device=device, **more)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", old)
+    with pytest.warns(UserWarning, match="no kernel image"):
+        assert pick_device("auto").type == "cpu"

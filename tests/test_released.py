@@ -711,3 +711,16 @@ def test_export_of_a_task_of_ones_own(tmp_path):
     with convert.fresh(tmp_path / "out") as folder:
         convert._task_files(tmp_path / "own", "declip", folder)
     assert [p.name for p in (tmp_path / "out").rglob("*.safetensors")] == ["metis_declip.safetensors"]
+
+
+def test_a_connection_that_breaks_is_one_line(place, hub, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import HTTPError
+
+    def broken(*_, **__):
+        raise HTTPError("connection reset by peer")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(MetisError, match="connection reset") as caught:
+        Released("amphion/metis").path("base")
+    assert "\n" not in str(caught.value)

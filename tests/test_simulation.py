@@ -477,3 +477,18 @@ def test_a_wide_spread_never_takes_the_pitch_below_zero():
 
     shifted = Wide()(wav, np.random.default_rng(0))
     assert shifted[:12_000].std() > 0.02 and shifted[12_000:].std() > 0.02, "no part falls silent, and it ends at all"
+
+
+def test_who_has_nothing_to_hear_is_nobody_else(tmp_path: Path) -> None:
+    """Recordings that could not be read have no samples in a wave store."""
+    from metis_lib.data.store import FlatStore
+
+    sound = (3000 * np.random.default_rng(0).standard_normal(48_000)).astype(np.int16)
+    pieces = [({"id": who, "speaker": who, "text": ""}, wav)
+              for who, wav in (("anna", sound), ("ben", sound[:0]), ("carla", sound))]  # fmt: skip
+    pool = Pool(FlatStore.write(tmp_path / "three", iter(pieces)))
+    rng = np.random.default_rng(1)
+    assert {pool.other({"anna"}, rng).speaker for _ in range(50)} == {"carla"}
+    alone = Pool(FlatStore.write(tmp_path / "two", iter(pieces[:2])))
+    with pytest.raises(MetisError, match="another speaker"):
+        alone.other({"anna"}, rng)

@@ -915,8 +915,15 @@ def test_queue_can_be_paused(small_queue):
     path, _ = small_queue
     with pytest.raises(MetisError, match="nobody works"):
         queue.pause(path, True)
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (queue.home(queue.read(path)) / "queue-ssl.pid").write_text(str(sleeper.pid))
+    pid = queue.home(queue.read(path)) / "queue-ssl.pid"
+    pid.write_text(str(os.getpid()))  # left by a process of this number, in another container say
+    with pytest.raises(MetisError, match="nobody works"):
+        queue.pause(path, True)
+    hold = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True)"
+    command = [sys.executable, "-c", f"{hold}; time.sleep(60)", str(queue.lock_of(pid).lock_file)]
+    sleeper = subprocess.Popen(command, stdout=subprocess.PIPE)
+    sleeper.stdout.readline()
+    pid.write_text(str(sleeper.pid))
 
     def state():
         return Path(f"/proc/{sleeper.pid}/stat").read_text().split()[2]
@@ -1283,6 +1290,8 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     for mode, rank in (("lora", 8), ("full", 0), ("adapter", 0)):
         with pytest.raises(MetisError, match="another --out"):
             recipes.finetune("se", manifest, out, base=tmp_path / "system", mode=mode, rank=rank, settings=settings)
+        with pytest.raises(MetisError, match="another --out"):  # onto itself: the only copy
+            recipes.finetune("se", manifest, out, base=out, mode=mode, rank=rank, settings=settings)
     with pytest.raises(MetisError, match="is finished"):
         recipes.finetune("se", manifest, out, base=tmp_path / "system", rank=4, settings=settings)
     assert (out / "tasks/se/model.safetensors").read_bytes() == before
@@ -1312,6 +1321,59 @@ def test_codebooks_are_fitted_after_the_step_that_is_asked_for(job_of, monkeypat
     recipes.train(replace(job, options={"fit_every": 4, "follow": 0.1}))
     frames = job.settings.frames
     assert len(fitted) == 1 and 0 < fitted[0][0] <= 4 * frames and fitted[0][1] < 0.5
+    twice = replace(job, settings=replace(job.settings, accumulate=2), options={"fit_every": 4})
+    shutil.rmtree(job.out / "runs")
+    shutil.rmtree(job.folder)
+    recipes.train(twice)
+    assert len(fitted) == 2, "two batches a step change nothing about when"
+
+
+def test_codebooks_that_were_just_fitted_stay(job_of):
+    """What was heard before belongs to the old axes: nothing follows it, and no code is idle yet."""
+    sizes = preset("debug").acoustic
+    codec = tok.AcousticCodec(replace(sizes, codebook_search="distance", codebook_dim=sizes.latent_dim)).train()
+    codec.track_usage()
+    codec(torch.randn(2, 9600) * 0.1)
+    quantizer = codec.decoder.quantizer
+    for layer in quantizer.quantizers:
+        layer.idle += 100
+    quantizer.fit(torch.randn(4 * sizes.codebook_size, sizes.latent_dim))
+    before = [layer.codebook.weight.clone() for layer in quantizer.quantizers]
+    for layer in quantizer.quantizers:
+        layer.follow(0.5)
+    assert quantizer.revive(50) == 0
+    assert all(torch.equal(a, layer.codebook.weight) for a, layer in zip(before, quantizer.quantizers, strict=True))
+
+
+def test_a_decoder_alone_hears_the_layers_that_the_codec_would(job_of, monkeypatch):
+    sizes = preset("debug")
+    whole = replace(sizes, acoustic=replace(sizes.acoustic, quantizer_dropout=1.0))
+    objective = tok.AcousticTraining(whole.acoustic, decoder_only=True)
+    heard, quantize = [], objective.codec.decoder.quantizer.forward
+    monkeypatch.setattr(
+        objective.codec.decoder.quantizer, "forward", lambda x, layers=None: heard.append(layers) or quantize(x, layers)
+    )
+    batch = {"wav": 0.1 * torch.randn(8, 9600)}
+    objective.train()(batch)
+    objective.eval()(batch)
+    assert heard[0] is not None and len(heard[0]) == 8 and heard[1] is None
+
+
+def test_a_teacher_of_recordings_that_went_away(tmp_path, monkeypatch):
+    from metis_lib.data.store import FlatStore
+    from metis_lib.training import teacher
+
+    class Loud:
+        def __call__(self, wav):
+            return np.full((len(wav) // 480, teacher.WIDTH), np.abs(wav).mean(), np.float16)
+
+    monkeypatch.setattr(teacher, "Teacher", Loud)
+    pieces = [({"id": str(i)}, np.full(n, 3000 * (i + 1), np.int16)) for i, n in enumerate((4800, 0, 9600))]
+    waves = FlatStore.write(tmp_path / "waves", iter(pieces))
+    taught = teacher.teach(waves, tmp_path / "taught")
+    assert [taught.store.length(i) for i in range(3)] == [10, 0, 20]
+    held_out = teacher.teach(FlatStore.write(tmp_path / "more", iter(pieces[2:])), tmp_path / "held", taught)
+    assert held_out.mean is taught.mean and held_out.std is taught.std
 
 
 def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):
@@ -1612,3 +1674,54 @@ def test_a_film_that_ends_too_early_is_left_out(workshop, tmp_path, monkeypatch)
     assert data.Lips(waves, seed=1).batch([0, 1], epoch=0, step=0)["ids"] == [rows[1].id]
     with pytest.raises(MetisError, match="ends before 0.2 s"):
         data.Lips(waves, seed=1).batch([0], epoch=0, step=0)
+
+
+def test_two_systems_are_never_mixed(workshop, tmp_path):
+    _, system = workshop
+    copy_of, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(system, copy_of)
+    shutil.copytree(system, other)
+    torch.manual_seed(5)
+    recipes.save_part(other / "stage1", recipes.Stage1(DEBUG.stage1), DEBUG.stage1)
+    (other / "vocab.json").write_text("{}")
+    out = tmp_path / "out"
+    recipes.derive(system, out)
+    recipes.derive(copy_of, out)  # the same bytes
+    with pytest.raises(MetisError, match="stage1 of another system"):
+        recipes.derive(other, out)
+    assert not (out / "vocab.json").exists()
+    (out / "ssl/config.json").write_text("mine now")
+    assert (system / "ssl/config.json").read_text() != "mine now"  # a copy: people edit it
+
+
+def test_an_average_that_begins_later_begins_with_the_weights_of_the_state(tmp_path):
+    class Still(loop.Objective):
+        def __init__(self, start):
+            super().__init__()
+            self.model = torch.nn.Linear(2, 1)
+            torch.nn.init.constant_(self.model.weight, start)
+
+        def counts(self, batch):
+            return {"loss": 1.0}
+
+        def forward(self, batch, part="model"):
+            return {"loss": 0.0 * self.model(batch["x"]).sum()}
+
+    settings = TrainSettings(steps=20, lr=0.0, weight_decay=0.0, warmup=1, precision="32-true", save_every=10)
+    feed = Repeat({"x": torch.ones(1, 2)})
+    loop.fit(Still(1.0), feed, settings, tmp_path / "run")
+    later = Still(100.0)
+    loop.fit(later, feed, replace(settings, steps=22, ema=0.999), tmp_path / "run")
+    assert later.model.weight.detach().flatten().tolist() == pytest.approx([1.0, 1.0])
+
+
+def test_processes_share_tensors_in_place(monkeypatch):
+    """An object sent by Fabric would be opened on the first GPU by everybody."""
+    sent = []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: sent.append((tensor.data_ptr(), source)))
+    codec = tok.AcousticCodec(preset("debug").acoustic)
+    codec.track_usage()
+    fabric = SimpleNamespace(world_size=2, all_reduce=lambda x, reduce_op: x)
+    tok.revive(codec.decoder.quantizer, 5, 9, fabric, TrainSettings(steps=1))
+    layers = codec.decoder.quantizer.quantizers
+    assert sent == [(t.data_ptr(), 0) for layer in layers for t in (layer.codebook.weight, layer.idle)]

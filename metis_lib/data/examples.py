@@ -91,7 +91,7 @@ class Pool:
         if not about:
             raise MetisError("there is no speech to make examples of; is the manifest or the split empty?")
         self.ids, self.speakers, self.texts, self.samples, self.languages = map(list, zip(*about, strict=True))
-        self.names = frozenset(self.speakers)
+        self.names = frozenset(name for name, n in zip(self.speakers, self.samples, strict=True) if n)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -107,7 +107,7 @@ class Pool:
         """An utterance of a speaker who is not in ``known``; MetisError where there is none."""
         if self.names <= known:
             raise MetisError(f"a mixture needs another speaker than {', '.join(sorted(known))}; the corpus has none")
-        while self.speakers[i := int(generator.integers(len(self)))] in known:
+        while self.speakers[i := int(generator.integers(len(self)))] in known or not self.samples[i]:
             pass
         return self[i]
 

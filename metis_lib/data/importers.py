@@ -63,7 +63,9 @@ def _transcripts(folder: Path) -> dict[tuple[Path, str], str]:
     for path in folder.rglob("metadata.csv"):  # LJSpeech: id|text|normalised text
         for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
             id, *texts = line.split("|")
-            found[path.parent, Path(id.strip()).stem] = next((t for t in reversed(texts) if t.strip()), "")
+            name = Path(id.strip())
+            key = name.stem if name.suffix.lower() in AUDIO else name.name
+            found[path.parent, key] = next((t for t in reversed(texts) if t.strip()), "")
     for path in folder.rglob("*.trans.txt"):  # LibriSpeech: id text
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             id, _, text = line.partition(" ")
@@ -94,7 +96,9 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
         text = text or next((texts[p, path.stem] for p in above if (p, path.stem) in texts), "")
         names = [p.name for p in above if p.name.lower() not in _GENERIC]
         reader = re.match(r"(\d+)([-_])\d+\2\d", path.stem)  # LibriSpeech, LibriTTS: reader, chapter, number
-        speaker = reader[1] if reader else (names or [folder.name])[0]
+        dated = re.match(r"(19|20)\d\d[-_]\d\d[-_]\d\d", path.stem)
+        named = reader is not None and (reader[1] in names or (path.parent == folder and not dated))
+        speaker = reader[1] if reader and named else (names or [folder.name])[0]
         yield {"id": id_of(place), "path": str(path), "text": text, "speaker": speaker}
 
 
@@ -162,6 +166,11 @@ def lhotse_entries(source: Path) -> Iterator[Entry]:
                 continue
             where = Path(recording.sources[0].source).expanduser()
             where = path.parent / where if (path.parent / where).is_file() else where
+            apart = {str(said.channel) for said in cut.supervisions}  # the two sides of a call, say
+            if recording.num_channels == 2 and (len(apart) > 1 or getattr(cut, "channel", None) == 1):
+                what = "one channel of two is meant; cut it out into a file of its own"
+                yield {"id": cut.id, "path": str(where), "reason": "bad row", "detail": what}
+                continue
             for said in cut.supervisions or [None]:
                 start, seconds = cut.start + (said.start if said else 0.0), (said or cut).duration
                 entry: Entry = {"id": (said or cut).id, "path": str(where)}
@@ -241,9 +250,11 @@ def assign_splits(
         given = divide(sentences, shares, seed)
         return [given[key] for key in keys]
     split = divide(speakers, shares, seed)
-    # a sentence that speakers of several splits say stays with one of them
-    several = {k: sentences[k] for k in sentences if len({split[speaker] for speaker in voices[k]}) > 1}
-    shared, held = divide(several, shares, seed), Counter(split.values())
+    # a sentence that speakers of several splits say stays with one of these
+    said = {k: {split[speaker] for speaker in voices[k]} for k in sentences}
+    drawn = divide({k: sentences[k] for k in sentences if len(said[k]) > 1}, shares, seed)
+    shared = {k: s if s in said[k] else "train" if "train" in said[k] else min(said[k]) for k, s in drawn.items()}
+    held = Counter(split.values())
     notes.append(f"{known} known speakers: {held['validation']} held out for validation, {held['test']} for test")
     splits = [split[e["speaker"]] for e in entries]
     return [s if shared.get(k, s) == s else None for s, k in zip(splits, keys, strict=True)]

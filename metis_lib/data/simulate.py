@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,12 @@ class Noises:
             raise MetisError(f"{corpus}: no noise for {split!r}; run `metis prepare nano` first")
         ambient = [Recording(r["id"], soundfile.read(corpus / r["path"], dtype="int16")[0]) for r in listed]
         rows = [r for r in read_manifest(manifest or corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
-        chosen = np.random.default_rng(seed).permutation(len(rows))[:speech]
-        talk = []
-        for row in (rows[i] for i in chosen):
-            wav = read_span(row).numpy()
-            talk.append(Recording(row.speaker, (wav * 32767).round().astype(np.int16)))
+        talk: list[Recording] = []
+        for row in (rows[i] for i in np.random.default_rng(seed).permutation(len(rows))):
+            if len(talk) == speech:
+                break
+            with suppress(MetisError):  # gone since, or silent
+                talk.append(Recording(row.speaker, (read_span(row).numpy() * 32767).round().astype(np.int16)))
         return cls(ambient, talk)
 
 

@@ -8,6 +8,8 @@ The judges of the paper are in :mod:`metis_lib.evaluation.paper_judges`.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import gc
 import os
@@ -34,6 +36,13 @@ def choose_device(asked: str, has_cuda: bool, who: str) -> str:
     if asked.startswith("cuda") and not has_cuda:
         assets.say(f"{who}: no CUDA here, so it runs on the CPU")
     return "cuda" if has_cuda and asked != "cpu" else "cpu"
+
+
+def has_cublas() -> bool:
+    """Whether the library that CTranslate2 calls on a GPU can be opened: of CUDA 12, whatever PyTorch is built with."""
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL("libcublas.so.12") is not None
+    return os.name == "nt"
 
 
 def torch_device(asked: str, who: str) -> str:
@@ -161,7 +170,10 @@ class WhisperJudge(Judge):
         import ctranslate2
         from faster_whisper import WhisperModel
 
-        device = choose_device(self.device, ctranslate2.get_cuda_device_count() > 0, "whisper-base")
+        has_cuda = ctranslate2.get_cuda_device_count() > 0
+        if has_cuda and self.device != "cpu" and not (has_cuda := has_cublas()):
+            assets.say("whisper-base: no libcublas.so.12, so it runs on the CPU (docs/install.md)")
+        device = choose_device(self.device, has_cuda, "whisper-base")
         self.batched = device == "cuda"
         return WhisperModel(
             str(assets.fetch("whisper-base")), device=device, compute_type="int8", local_files_only=True,

@@ -97,7 +97,7 @@ def records(table: dict[str, Any], runs: Sequence[Run] = ()) -> list[dict[str, A
                     found.append(mine | shown | {"value": row["values"][column["key"]]})
         for run in (run for run in runs if _language(run) == about["language"]):
             used = [c for c in columns if any(row["values"].get(c["key"]) for row in part["rows"])]
-            same_set = about["published"] and _testset(run) == part["testset"]
+            same_set = about["published"] and _testset(run) == part["testset"] and not run.about.get("limit")
             task = part.get("task") or table["task"]
             for system, entries in run.summary.get(task, {}).items():
                 mine = base | {"of": run.name, "system": system, "data": None, "same_test_set": same_set}

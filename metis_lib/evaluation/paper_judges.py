@@ -39,7 +39,8 @@ def weights(name: str, repository: str = "", file: str = "") -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(repository, ignore_patterns=["*.bin", "*.msgpack", "*.h5", "*fp32*"]))
+            twice = ["*.bin"] * ("whisper" in repository)  # it has the same as safetensors
+            return Path(snapshot_download(repository, ignore_patterns=[*twice, "*.msgpack", "*.h5", "*fp32*"]))
         except (OSError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise MetisError(f"{name} is not in {folder}, and {repository} cannot be fetched ({reason})") from error

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,6 +239,18 @@ def unit_key(task: str, parameters: Mapping[str, Any], checkpoint: str, manifest
     return record.sha256_of([given, hashes, record.code_hash("."), record.task_files(), weights])
 
 
+def _fetch(checkpoints: Iterable[str], tasks: Iterable[str]) -> None:
+    """Get published weights before hashes are taken of them, and where one sees it."""
+    from metis_lib.checkpoints import own_system
+    from metis_lib.released import Released
+
+    for name in checkpoints:
+        if name != "debug" and not name.startswith("random-") and not own_system(name):
+            place = Released(name)
+            for task in tasks:
+                place.require(like(task) if like(task) in place.tasks else "base")
+
+
 def _unjudged(folder: Path) -> bool:
     """Whether a judge or its package was not to be had: the next run asks again (audio and verdicts are kept)."""
     found = (path.read_text(encoding="utf-8") for path in folder.rglob("utterances.jsonl"))
@@ -286,6 +298,8 @@ def evaluate(
         chosen[task] = choose_systems(task, asked, checkpoint)
     if not chosen or not seeds or len(set(seeds)) < len(seeds):
         raise MetisError("name at least one task and one seed, each once")
+    for task, names in chosen.items():
+        _fetch({checkpoint, *checkpoints_of(task, names)} if task != "omni" else {checkpoint}, [task])
     free: queue.Queue[str] = queue.Queue()
     for name in devices_of(device):
         free.put(name)

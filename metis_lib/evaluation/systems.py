@@ -122,6 +122,8 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
     for number, line in enumerate((folder / "manifest.jsonl").read_text(encoding="utf-8").split("\n"), 1):
         try:
             row: dict[str, Any] = json.loads(line) if line.strip() else {"task": None}
+            if "task" not in row and "source" in row and "split" in row:
+                raise MetisError(f"{folder} holds a manifest to train with, not a test set (docs/testsets.md)")
             if row["task"] != task:
                 continue
         except (ValueError, KeyError, TypeError) as error:

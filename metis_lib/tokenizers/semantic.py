@@ -305,6 +305,8 @@ class ResidualVQ(nn.Module):
                 codes = torch.where(count > 0, means, codes)
             layer.codebook.weight.copy_(codes)
             left = left - codes[torch.cdist(inside, codes).argmin(1)] @ axes.t()
+            layer._latents = layer._used = None  # of the old axes: nothing to follow, or to revive by
+            layer.idle.zero_()
         return float(left.square().sum() / latents.float().square().sum())
 
     def track_usage(self, on: bool = True) -> None:

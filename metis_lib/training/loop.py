@@ -354,15 +354,19 @@ def fit(
     if settings.compile:
         for child in objective.children():
             child.compile(dynamic=True)
+    # each process counts by itself which codes it used (``revive`` joins the counts), and DDP would send the first's
+    objective._ddp_params_and_buffers_to_ignore = [
+        name for name, _ in objective.named_buffers() if name.rpartition(".")[2] == "idle"
+    ]
     module, *wrapped = fabric.setup(objective, *optimizers)
     by_name = dict(objective.named_parameters())
-    average = Average({name: by_name[name] for name in names}, settings.ema) if settings.ema else None
     states = Checkpoints(folder / "states", settings.keep)
     state: dict[str, Any] = {"model": module} | {f"optimizer.{k}": o for k, o in zip(groups, wrapped, strict=True)}
     rest = states.load(state, fabric)
     buffers = dict(objective.named_buffers())
     for key, value in rest.get("buffers", {}).items():
         buffers[key].copy_(value)
+    average = Average({name: by_name[name] for name in names}, settings.ema) if settings.ema else None
     if average:
         for key, value in rest.get("average", {}).items():
             average.values[key].copy_(value)
@@ -411,14 +415,15 @@ def fit(
             step = progress["step"]
             torch.manual_seed((settings.seed * 1_000_003 + step) * 4096 + fabric.global_rank)  # dropout
             micro = [fabric.to_device(next(batches)) for _ in range(settings.accumulate)]
+            if step == first:  # what it took to begin is not part of the schedule
+                ready = time.monotonic()
             votes = [
                 float(asked() or time.monotonic() - started > allowed),
                 float(time.monotonic() - saved > 60 * settings.save_minutes),
+                (time.monotonic() - ready) / max(started + allowed - ready, 1e-3),
             ]
             counts, votes = _sum_counts(fabric, [objective.counts(batch) for batch in micro], votes)
-            if step == first:  # what it took to begin is not part of the schedule
-                ready = time.monotonic()
-            rate = learning_rate(step, settings, (time.monotonic() - ready) / max(started + allowed - ready, 1e-3))
+            rate = learning_rate(step, settings, votes[2] / fabric.world_size)  # by the mean of their clocks
             if ramp:  # a new optimiser knows no second moments yet
                 rate *= min(1.0, (step - ramp + 1) / max(settings.warmup, 1))
             finite = True
@@ -477,8 +482,11 @@ def fit(
                     tick()
                 log.add(line, samples)
                 if fabric.is_global_zero:
+                    numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, float | int)}
                     say(
-                        " ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float | int))
+                        " ".join(
+                            [f"step {line['step']}/{settings.steps}", *(f"{k} {v:.4g}" for k, v in numbers.items())]
+                        )
                         + (f" {scores}" if checked else "")
                     )
             if last or votes[1] > 0 or (settings.save_every and progress["step"] % settings.save_every == 0):

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from metis_lib.assets import metis_home
 from metis_lib.checkpoints import SHIPPED
 from metis_lib.config import preset
@@ -111,8 +113,11 @@ def run_next(
     )  # fmt: skip
     say(f"piece {number}: {entry['model']}, from step {entry.get('steps', 0)} to {job.settings.steps}")
     pid = home(queue) / f"queue-{entry['model']}.pid"  # two models may train beside each other, each on one core
-    if working(pid):
-        raise MetisError(f"process {pid.read_text()} works on {entry['model']} already")
+    lock = lock_of(pid)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise MetisError(f"process {pid.read_text()} works on {entry['model']} already") from None
     write_text(pid, str(os.getpid()))
     run = job.out / "runs" / entry["model"]
     if entry.get("state", "todo") == "todo":  # states of an earlier piece of this model are not its own
@@ -128,6 +133,7 @@ def run_next(
             found = train(job, budget=budget, first=entry.get("steps", 0), device=device, say=say)
     finally:
         pid.unlink(missing_ok=True)
+        lock.release()
     entry |= outcome(found)
     queue = read(path)  # somebody may have edited the other entries meanwhile
     places = [i for i, e in enumerate(queue["pieces"]) if all(e.get(k) == entry.get(k) for k in ("model", "settings"))]
@@ -147,13 +153,18 @@ def outcome(scores: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def lock_of(pid: Path) -> filelock.FileLock:
+    """The lock of who works on a piece; the kernel lets go of it when that process dies."""
+    return filelock.FileLock(pid.with_suffix(".lock"), timeout=0)
+
+
 def working(pid: Path) -> bool:
-    """Whether the process that the file names is alive."""
+    """Whether somebody works on the piece."""
     try:
-        os.kill(int(pid.read_text()), 0)
-    except (OSError, ValueError):
-        return False
-    return True
+        with lock_of(pid):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def write(path: Path, queue: dict[str, Any]) -> None:

@@ -234,11 +234,10 @@ def _ssl(job: Job) -> Built:
     o = job.chosen
     if o["teacher"] not in ("none", ASSET):
         raise MetisError(f"unknown teacher {o['teacher']!r}; choose none or {ASSET}")
-    taught: dict[str, Taught | None] = {
-        split: teach(job.waves(split), data.prepared(job.recordings) / f"{ASSET}-{split}")
-        if o["teacher"] == ASSET else None
-        for split in ("train", "validation")
-    }  # fmt: skip
+    taught: dict[str, Taught | None] = {"train": None, "validation": None}
+    for split in taught if o["teacher"] == ASSET else ():
+        folder = data.prepared(job.recordings) / f"{ASSET}-{split}"
+        taught[split] = teach(job.waves(split), folder, taught["train"])
     sources = {split: job.sources(split) for split in ("train",)} if o["noisy"] else {}
     source = data.Speech(
         job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed, o["hidden"],
@@ -541,8 +540,19 @@ def train(
 
 
 def derive(base: str | Path, out: Path) -> SystemConfig:
-    """A new system folder that has all parts of ``base`` (linked, or copied where that fails); returns its sizes."""
+    """A new system folder that has all parts of ``base``, weights linked where that goes, the rest copied: people edit
+    it; returns its sizes.
+
+    Raises:
+        MetisError: ``out`` has parts of another base.
+    """
     source, parts = locate(base), {FOLDERS.get(name, name).split("/")[0] for name in BUILD}
+    for part in ("ssl", "semantic_codec", "acoustic_codec", "stage1"):
+        mine, theirs = (root / part / "model.safetensors" for root in (out, source))
+        if not (mine.is_file() and theirs.is_file()) or mine.samefile(theirs):
+            continue
+        if sha256_file(mine) != sha256_file(theirs):
+            raise MetisError(f"{out} has the {part} of another system than {base}; take another --out")
     beside = [source / name for name in ("decode.json", "vocab.json")]
     for path in sorted(file for part in (*map(source.joinpath, parts), *beside) for file in (part, *part.rglob("*"))):
         if not path.is_file():
@@ -552,6 +562,8 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if path.suffix != ".safetensors":
+                raise OSError
             os.link(path, target)
         except OSError:
             shutil.copy(path, target.with_name(f".{target.name}.part"))
@@ -627,8 +639,9 @@ def match_task(out: Path, name: str, mode: str, rank: int, base: Path) -> dict[s
         return {"text_hint": "even"} if task(name).takes_text else {}
     config, about = load_config_and_card(folder, TaskConfig)
     if config.lora_rank != rank or about.get("mode", "lora" if config.lora_rank else "adapter") != mode:
+        itself = theirs.resolve() == (folder / "config.json").resolve()
         linked = theirs.is_file() and theirs.read_bytes() == (folder / "config.json").read_bytes()
-        if (out / "runs" / name).is_dir() and not linked:
+        if itself or ((out / "runs" / name).is_dir() and not linked):
             raise MetisError(f"{folder} was trained here in another mode or rank; take another --out")
         shutil.rmtree(folder)
     return {key: config.stage1[key] for key in ("text_hint", "hint_width") if key in config.stage1}

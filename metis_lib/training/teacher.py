@@ -65,8 +65,9 @@ class Taught:
         return torch.from_numpy((self.store[i][first : first + frames].astype(np.float32) - self.mean) / self.std)
 
 
-def teach(waves: FlatStore, folder: Path) -> Taught:
-    """The teacher's features of a wave store, made on first use in ``folder``.
+def teach(waves: FlatStore, folder: Path, like: Taught | None = None) -> Taught:
+    """The teacher's features of a wave store, made on first use in ``folder``; standardised ``like`` others (held-out
+    ones as those of the training), else by themselves.
 
     Raises:
         MetisError: the teacher's weights cannot be had.
@@ -76,11 +77,14 @@ def teach(waves: FlatStore, folder: Path) -> Taught:
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         teacher = Teacher()
         for i, name in enumerate(ids):
-            yield {"id": name}, teacher(waves[i].astype(np.float32) / 32767)
+            wav = waves[i].astype(np.float32) / 32767  # empty where the recording went away
+            yield {"id": name}, teacher(wav) if len(wav) else np.zeros((0, WIDTH), np.float16)
 
     if (folder / "index.json").is_file() and [item["id"] for item in FlatStore(folder).items] == ids:
         store = FlatStore(folder)
     else:
         store = FlatStore.write(folder, pieces())
+    if like is not None:
+        return Taught(store, like.mean, like.std)
     some = store.data[:: max(1, len(store.data) // 100_000)].astype(np.float32)
     return Taught(store, some.mean(0), some.std(0) + 1e-3)

@@ -203,10 +203,15 @@ def revive(quantizer: ResidualVQ, after: int, step: int, fabric: Any, settings: 
         for layer in quantizer.quantizers:
             layer.idle.copy_(fabric.all_reduce(layer.idle.double(), reduce_op="min"))
     quantizer.revive(after * settings.accumulate, torch_chance(settings.seed, step, 3))
+    for layer in quantizer.quantizers:
+        from_first(fabric, layer.codebook.weight.data)
+        from_first(fabric, layer.idle)
+
+
+def from_first(fabric: Any, tensor: Tensor) -> None:
+    """Make a tensor that of the first process, in place (Fabric's own broadcast would pass it on as an object)."""
     if fabric.world_size > 1:
-        for layer in quantizer.quantizers:
-            layer.codebook.weight.data.copy_(fabric.broadcast(layer.codebook.weight.data))
-            layer.idle.copy_(fabric.broadcast(layer.idle))
+        torch.distributed.broadcast(tensor, 0)
 
 
 class SemanticTraining(Objective):
@@ -324,7 +329,7 @@ class AcousticTraining(Objective):
         if dropout is not None and not (len(dropout) == 3 and 1 <= dropout[1] <= dropout[2] <= count):
             raise MetisError(f"dropout is (share, fewest, most) with 1 <= fewest <= most <= {count}, not {dropout}")
         self.fit_every, self.follow, self.dropout = fit_every, follow, dropout
-        self.latents = deque[Tensor](maxlen=self.FITTED)
+        self.latents = deque[Tensor](maxlen=min(self.FITTED, fit_every or self.FITTED))
         self.codec, self.check, self.begin = AcousticCodec(config), check, adversarial_from
         self.decoder_only = decoder_only
         if decoder_only:
@@ -362,6 +367,8 @@ class AcousticTraining(Objective):
         if self.dropout is not None and self.training:
             share, fewest, most = self.dropout
             layers = self.codec.draw_layers(len(wav), share=share, fewest=int(fewest), most=int(most))
+        elif self.decoder_only and self.training:  # as the codec's own pass draws them
+            layers = self.codec.draw_layers(len(wav))
         if self.decoder_only:
             with torch.no_grad():
                 found = self.codec.decoder.quantizer(self.codec.encoder(wav), layers)
@@ -392,11 +399,10 @@ class AcousticTraining(Objective):
         quantizer, alone = self.codec.decoder.quantizer, fabric.world_size == 1
         every = self.fit_every or 0
         due = every and (step + 1) % every == 0 and step < settings.steps * 0.8
-        if due and len(self.latents) == min(self.FITTED, every):  # fewer: the run was resumed meanwhile
+        if due and len(self.latents) == self.latents.maxlen:  # fewer: the run was resumed meanwhile
             quantizer.fit(torch.cat([*self.latents]), torch_chance(settings.seed, step, 4))
-            if not alone:
-                for p in quantizer.parameters():
-                    p.data.copy_(fabric.broadcast(p.data))
+            for p in quantizer.parameters():
+                from_first(fabric, p.data)
             self.latents.clear()
         if self.follow and alone:
             for layer in quantizer.quantizers:

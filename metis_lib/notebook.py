@@ -76,7 +76,7 @@ def player_html(source: audio.Source, label: str = "") -> str:
     return audio.player(wav[:limit], AUDIO_RATE, label)
 
 
-def fresh(folder: Path) -> Path:
+def fresh(folder: Path) -> None:
     """Make or empty the folder of a notebook, below ``results/runs`` or one that it made itself.
 
     Raises:
@@ -91,7 +91,6 @@ def fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     mark.touch()
-    return folder
 
 
 def png(figure: Figure) -> str:

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -575,7 +576,9 @@ def test_fine_tune_in_one_command(workshop, tmp_path, capsys):
     out = tmp_path / "mine"
     command = ["train", "finetune", "--task", "tts", "--from", str(full), "--data", str(manifest), "--lora", "4"]
     code = cli.main([*command, "--out", str(out), "--steps", "4", "--frames", "300", "--device", "cpu", "--json"])
-    answer = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert "step 4/4" in printed.err and "times; about" not in printed.err
     assert code == 0 and answer["scores"]["finished"] and "with_condition" in answer["scores"]
     metis = Metis.from_pretrained(out, device="cpu")
     said = metis.speak(
@@ -1725,3 +1728,15 @@ def test_processes_share_tensors_in_place(monkeypatch):
     tok.revive(codec.decoder.quantizer, 5, 9, fabric, TrainSettings(steps=1))
     layers = codec.decoder.quantizer.quantizers
     assert sent == [(t.data_ptr(), 0) for layer in layers for t in (layer.codebook.weight, layer.idle)]
+
+
+def test_little_speech_is_not_read_a_thousand_times_in_silence(workshop, tmp_path, monkeypatch):
+    manifest, system = workshop
+    said = []
+    monkeypatch.setattr(recipes, "train", lambda job, say, **more: said.append(job.settings.steps))
+    seconds = sum(row.duration for row in recipes.read_manifest(manifest) if row.split == "train")
+    steps = round(60 * seconds * 50 / 400)
+    settings = recipes.settings_for("se", "debug", steps=steps, frames=400)
+    recipes.finetune("se", manifest, tmp_path / "out", base=system, rank=4, settings=settings, say=said.append)
+    assert said[-1] == steps and f"{steps} steps read" in said[-2] and "60 times" in said[-2]
+    assert re.search(r"about 3[56] read them 30 times", said[-2])

@@ -22,6 +22,7 @@ import torch
 from metis_lib.assets import sha256_file
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
 from metis_lib.config import (
+    FRAME_RATE,
     AcousticCodecConfig,
     DecodeSettings,
     LipConfig,
@@ -58,6 +59,8 @@ from metis_lib.training.teacher import ASSET, WIDTH, Taught, teach
 
 FOLDERS = {"semantic": "semantic_codec", "acoustic": "acoustic_codec"} | {name: f"tasks/{name}" for name in TASKS}
 """Folder of a part below a system's, where it is not the part's name."""
+OFTEN = 30
+"""Readings of the same recordings beyond which fine-tuning loses what it had learned (docs/claims.md: 29 did)."""
 
 
 def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
@@ -620,10 +623,17 @@ def finetune(
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
+    settings = settings or settings_for(name, like)
+    known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
+    times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
+    if times > OFTEN:
+        say(
+            f"{settings.steps} steps read {known / 60:.1f} minutes of speech {times:.0f} times; about "
+            f"{max(1, round(settings.steps * OFTEN / times))} read them {OFTEN} times (--steps)"
+        )
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
     job = Job(
-        name, system, out, settings or settings_for(name, like), manifest, mode=mode, rank=rank, options=options,
-        workers=workers, about=about,
+        name, system, out, settings, manifest, mode=mode, rank=rank, options=options, workers=workers, about=about,
     )  # fmt: skip
     return train(job, say=say, **more)
 

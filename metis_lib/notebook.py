@@ -101,11 +101,12 @@ def png(figure: Figure) -> str:
 
 
 def page(template: Path, **values: Any) -> str:
-    """HTML of a jinja template, in which ``png(figure)`` and ``player(clip)`` hold pictures and sound: no network."""
+    """HTML of a jinja template, in which ``png(figure)`` and (if no other is among the values) ``player(clip)`` hold
+    pictures and sound: no network."""
     import jinja2
 
     text = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template.read_text(encoding="utf-8"))
-    return text.render(values, png=png, player=player_html)
+    return text.render({"png": png, "player": player_html} | values)
 
 
 def listening_table(rows: Sequence[Mapping[str, Any]]) -> HTML:

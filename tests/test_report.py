@@ -509,3 +509,21 @@ def test_two_runs_of_one_name_are_two_columns(tmp_path: Path) -> None:
     (lines,) = [t for p in sorted((tmp_path / "tables").glob("*.csv")) if "mymodel" in (t := p.read_text())][:1]
     of = {row["of"] for row in csv.DictReader(io.StringIO(lines))} - {"paper"}
     assert of == {(tmp_path / side / "human").resolve().as_posix() for side in "ab"}
+
+
+def test_a_page_of_very_many_clips_points_to_them(tmp_path: Path, monkeypatch: Any) -> None:
+    run, lines = make_run(tmp_path / "run", sound=True), []
+    wanted = [f"u{i}" for i in range(6)]
+    for id in wanted:
+        audio.write(tmp_path / "set" / f"{id}.flac", 0.1 * np.sin(np.arange(24_000) / 30), 24_000)
+        row = {"id": id, "task": "tts", "speaker": "s", "text": "the cat", "prompt": f"{id}.flac", "prompt_text": "x"}
+        lines.append(json.dumps(row | {"clean": f"{id}.flac"}))
+    (tmp_path / "set" / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    summary, pages = record.read_json(run / "summary.json"), []
+    for held in (100, 5):
+        monkeypatch.setattr(report, "HELD", held)
+        pages.append(report.write_page(run, summary, tmp_path / "set", None).read_text())
+    assert pages[0].count('src="data:audio') == 24 and "preload='none'" not in pages[0]
+    sources = re.findall(r"<audio controls preload='none' src='([^']+)'", pages[1])
+    assert len(sources) == 24 and "data:audio" not in pages[1]
+    assert all((run / source).resolve().is_file() for source in sources)

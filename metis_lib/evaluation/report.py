@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import html
 import json
+import os
+import urllib.parse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,10 +205,21 @@ def run_rows(run: paper.Run, task: str, testset: str | Path | None = None) -> li
     return rows
 
 
+HELD = 6000
+"""Clips that a page holds itself, about 15 kB each: 90 MB, which browsers still open."""
+
+
+def _linked(clip: Path, out: Path) -> str:
+    """A player of a file, loaded when it is played."""
+    source = Path(os.path.relpath(clip.resolve(), out.resolve())).as_posix()
+    return f"<audio controls preload='none' src='{html.escape(urllib.parse.quote(source), quote=True)}'></audio>"
+
+
 def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | Path, limit: int | None) -> Path:
     """Write ``<out>/index.html``: per task the table, the plots and every item's players and transcripts.
 
-    The page holds its audio (Opus) and its plots: one file, no network.  Its layout is ``page.html``.
+    The page holds its audio (Opus) and its plots: one file, no network; of more than ``HELD`` clips it points to the
+    files beside it.  Its layout is ``page.html``.
     """
     notebook.style()
     out = Path(out)
@@ -222,12 +235,14 @@ def write_page(out: str | Path, summary: dict[str, TaskSummary], testset: str | 
                 (item, [row for row in rows if row["id"] == item.id]) for item in load_items(testset, task, limit)
             ],
         })  # fmt: skip
+    clips = sum(bool(row["audio"]) for task in tasks for _, rows in task["utterances"] for row in rows)
+    more = {} if clips <= HELD else {"player": lambda clip: _linked(clip, out)}
     used = sorted({e["protocol"] for t in summary.values() for entries in t.values() for e in entries.values()})
     text = notebook.page(
         Path(__file__).with_name("page.html"), tasks=tasks, labels=LABELS, headline=HEADLINE, out=out,
         transcript=transcript_html,
         protocols={protocol: PROTOCOLS[protocol] for protocol in used},
-        commit=_commit(record.read_json(out / "run.json") or {}),
+        commit=_commit(record.read_json(out / "run.json") or {}), **more,
     )  # fmt: skip
     write_text(out / "index.html", text)
     return out / "index.html"

@@ -22,7 +22,7 @@ TITLES = {
 }  # fmt: skip
 NAT = 0.02
 """Nats a token below which a difference of cross-entropies does not matter."""
-LONGER = {(task, which) for task in ("tts", "vc", "tse", "se") for which in ("few", "many")}
+LONGER = {(task, which) for task in ("tts", "vc", "tse", "se") for which in ("few", "many")} | {("l2s", "many")}
 """Claims of pre-training (task, ``few`` or ``many`` hours) that are about longer arms; the shorter are shown beside."""
 RIVAL = "*"
 """In the place of ``a``: the other variant with the lowest mean, the hardest one for the claim."""

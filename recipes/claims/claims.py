@@ -22,8 +22,6 @@ TITLES = {
 }  # fmt: skip
 NAT = 0.02
 """Nats a token below which a difference of cross-entropies does not matter."""
-LONGER = {(task, which) for task in ("tts", "vc", "tse", "se") for which in ("few", "many")} | {("l2s", "many")}
-"""Claims of pre-training (task, ``few`` or ``many`` hours) that are about longer arms; the shorter are shown beside."""
 RIVAL = "*"
 """In the place of ``a``: the other variant with the lowest mean, the hardest one for the claim."""
 
@@ -88,10 +86,9 @@ def all_claims(lab: Lab) -> list[Claim]:
              "se": "speech enhancement", "l2s": "lip-to-speech"}  # fmt: skip
     seen = lab.tokens / FRAME_RATE / 3600  # at most, for frames are padded
     found = []
-    for task, which in ((task, which) for task in names for which in ("few", "many")):
-        hours = few if which == "few" else many
+    for task, hours in ((task, hours) for task in names for hours in (few, many)):
         sides = (Arm(task, "none", hours=hours), Arm(task, hours=hours))
-        longer = (task, which) in LONGER and lab.longer > lab.tokens
+        longer = lab.longer > lab.tokens  # the shorter arms are shown beside
         told = "" if longer or seen >= hours else f", at most {seen:.2g} h of it seen,"
         found.append(
             Claim(f"pretraining-{task}-{hours:g}",

@@ -617,13 +617,13 @@ def finetune(
                 f"{manifest} has no recordings of the split {split!r}; see metis prepare manifest --splits"
             )
     system = derive(base, out)
-    like = "paper" if system.stage1.hidden_size >= 1024 else "nano"
+    scale = "paper" if system.stage1.hidden_size >= 1024 else "nano"
     options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank, locate(base))}
-    if like == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
+    if scale == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
-    settings = settings or settings_for(name, like)
+    settings = settings or settings_for(name, scale)
     known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
     if times > OFTEN:

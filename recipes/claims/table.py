@@ -290,6 +290,15 @@ def forest(rows: Sequence[dict[str, Any]]) -> Figure:
             axis.hlines(place, *row["ci95"], color=colour, linewidth=2)
             axis.plot(row["effect"], place, markers[row["verdict"]], color=colour, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
+        reach = sorted(max(map(abs, row["ci95"])) for row in some)
+        if len(some) > 2 and reach[-1] > 3 * reach[-2]:  # one that would press the others together lies outside
+            edge = 1.1 * reach[-2]
+            axis.set_xlim(-edge, edge)
+            place = max(range(len(some)), key=lambda i: max(map(abs, some[i]["ci95"])))
+            effect = some[place]["effect"]
+            text, side = f"{effect:+.2f}", "right" if effect > 0 else "left"
+            axis.text(edge if effect > 0 else -edge, place, f"{text} \u2192" if effect > 0 else f"\u2190 {text}",
+                      ha=side, va="center", fontsize=8, color=COLOURS[some[place]["verdict"]])  # fmt: skip
         axis.set_yticks(range(len(some)), [row["id"] for row in some], fontsize=8)
         axis.set(ylim=(-0.6, len(some) - 0.4))
         axis.set_title(f"{unit} (positive: as claimed)", fontsize=8, loc="left")

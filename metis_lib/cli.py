@@ -316,25 +316,40 @@ class Nano(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Testset(Command):
-    """Make a test set of nano's corpus, or of a local copy of a public one (docs/testsets.md)."""
+    """Make a test set of your held-out recordings, of nano's corpus, or of a local copy of a public one."""
 
     name: Name
-    """unseen (voices and sentences never trained on), seen (voices of the training, for TTS), tuning, or a public one:
-    seedtts-en, seedtts-zh, seedtts-vc-en, seedtts-vc-zh, librispeech, vctk, vctk-same, libri2mix, emiliamix,
-    dns2020-no-reverb, dns2020-with-reverb, dns2020-real, lrs2, lrs3."""
+    """The manifest of your own recordings; or unseen (voices and sentences never trained on), seen (voices of the
+    training, for TTS), tuning; or a public one: seedtts-en, seedtts-zh, seedtts-vc-en, seedtts-vc-zh, librispeech,
+    vctk, vctk-same, libri2mix, emiliamix, dns2020-no-reverb, dns2020-with-reverb, dns2020-real, lrs2, lrs3."""
     root: Path | None = None
     """Where the local copy of a public one lies."""
     out: Path | None = None
-    """Folder for its manifest.jsonl; by default where `metis evaluate --testset NAME` finds it."""
+    """Folder for its manifest.jsonl; by default where `metis evaluate --testset NAME` finds it, of your own recordings
+    `testset` beside their manifest."""
     prompts: Path | None = None
     """The second corpus of those that need one: LibriSpeech test-clean (libri2mix), Seed-TTS (lrs2, lrs3)."""
+    split: str = "test"
+    """Of your own recordings: which."""
+    each: int = 5
+    """Of your own recordings: how many a voice."""
     seed: int = 2025
-    """Of choices that the paper leaves open."""
+    """Of what is drawn."""
     allow_count: bool = False
     """Take a copy that has not as many items as the official list."""
 
     def run(self) -> Answer:
-        options = {key: value for key, value in vars(self).items() if key not in ("name", "root", "json")}
+        options = {key: getattr(self, key) for key in ("out", "prompts", "seed", "allow_count")}
+        if self.name.endswith(".jsonl") or Path(self.name).is_file():
+            if (self.root, self.prompts) != (None, None):
+                raise MetisError(f"{self.name} is a manifest; --root and --prompts are for public test sets")
+            own = _recipe("testsets").of_recordings(
+                self.name, self.out, split=self.split, each=self.each, seed=self.seed
+            )
+            counts = ", ".join(f"{n} of {task}" for task, n in own["items"].items())
+            return Answer(f"{own['recordings']} recordings, {counts}: {own['testset']}", own)
+        if (self.split, self.each) != ("test", 5):
+            raise MetisError(f"--split and --each are for the manifest of your own recordings, not for {self.name!r}")
         if self.name in ("unseen", "seen", "tuning"):
             if (self.root, self.out, self.prompts) != (None, None, None):
                 raise MetisError(f"{self.name} is made of nano's corpus; it takes no folders")

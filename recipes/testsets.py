@@ -1,4 +1,6 @@
-"""The paper's test sets: a local copy of a public one becomes a manifest that the evaluation reads.
+"""Test sets: of one's own held-out recordings, and the paper's.
+
+A local copy of a public one becomes a manifest that the evaluation reads.
 
 ``testsets.json`` says of each what it is for, how many items its official list has, how it lies on disk, its licence,
 where to get it and what we chose where the paper (arXiv 2502.03128, section 4.2) is silent.  Rows refer to the
@@ -10,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +23,8 @@ import soundfile
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.importers import stated_path
-from metis_lib.data.store import write_jsonl, write_text
+from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
+from metis_lib.data.store import UNKNOWN, Row, read_jsonl, read_manifest, read_span, write_jsonl, write_text
 from metis_lib.errors import MetisError
 from recipes import public
 
@@ -97,6 +100,150 @@ def add_voice(target: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]
     both[: len(other)] += other[: len(target)]
     gain = min(1.0, 0.99 / float(np.abs(both).max()))
     return (gain * both).astype(np.float32), gain
+
+
+# ---------------------------------------------------------------- of held-out recordings
+
+
+def storage(out: Path) -> Callable[[str, np.ndarray], str]:
+    """A function that writes [S] at 24 kHz under an id into ``out``, each id once, and returns the file's name."""
+    written: dict[str, str] = {}
+
+    def store(id: str, wav: np.ndarray) -> str:
+        if id not in written:
+            written[id] = f"{id}.flac"
+            audio.write(out / written[id], wav, AUDIO_RATE)
+        return written[id]
+
+    return store
+
+
+def simulated(
+    voices: Mapping[str, Sequence[Row]], out: Path, *, each: int, generator: np.random.Generator,
+    about: Callable[[Row], dict[str, Any]], speakers: Sequence[str], others: Sequence[str] = (),
+    noises: Noises | None = None, rooms: Rooms | None = None, name: str = "{id}-{kind}",
+) -> Iterator[tuple[int, int, Row, Rows]]:  # fmt: skip
+    """Rows for every task that an utterance can try, utterance by utterance; their recordings are written to ``out``.
+
+    codec; se (the paper's degradation, but always with noise: noisy, snr_db, done); tts (prompt of the same voice); vc
+    (``clean`` is the source, the prompt another voice's); tse (``noisy`` is the target and another voice,
+    ``interferer``, added as they are; ``gain`` below 1 only against clipping).  What has no text serves se alone; a
+    speaker who is not known is given neither prompt nor company.
+
+    Args:
+        voices: utterances of each speaker.
+        out: folder of the test set.
+        each: utterances of a voice.
+        generator: source of chance.
+        about: further columns of an utterance.
+        speakers: whose utterances are items.
+        others: who may be heard besides, each after the one before in a circle.
+        noises, rooms: of se; without noises there are rows for tts alone.
+        name: of the files that are made of an utterance.
+
+    Yields:
+        Number of the speaker, of the utterance, the utterance, its rows.
+    """
+    store = storage(out)
+    for k, speaker in enumerate(speakers):
+        said, alone = voices[speaker], speaker == UNKNOWN
+        other = [] if alone or len(others) < 2 else voices[others[(others.index(speaker) + 1) % len(others)]]
+        for i, r in enumerate(said[:each]):
+            wav, rows = read_span(r).numpy(), Rows()
+            base = {
+                "id": r.id, "speaker": speaker, "text": r.text, "clean": store(r.id, wav), "source": r.source,
+                "licence": r.licence, **about(r), "duration": r.duration,
+            }  # fmt: skip
+            given: dict[str, Any] = {}
+            if len(said) > 1 and not alone:
+                prompt = said[(i + 1) % len(said)]
+                given = {"prompt": store(prompt.id, read_span(prompt).numpy()), "prompt_text": prompt.text}
+                rows += [{"task": "tts", **base, **given}] if r.text and prompt.text else []
+            if noises is not None:
+                noisy, clean, done = degrade(
+                    wav, AUDIO_RATE, noises=noises, generator=generator, rooms=rooms, speaker=speaker,
+                    params=Degradation(noise_p=1.0),
+                )  # fmt: skip
+                rows += [{"task": "codec", **base}] if r.text else []
+                kept = store(name.format(id=r.id, kind="clean"), clean) if done["gain"] != 1 else base["clean"]
+                place = store(name.format(id=r.id, kind="noisy"), noisy)
+                made = {"clean": kept, "noisy": place, "snr_db": done["snr_db"], "done": done}
+                rows.append({"task": "se", **base, **made})
+            if noises is not None and other and r.text:
+                stranger = other[i % len(other)]
+                stranger_wav = read_span(stranger).numpy()
+                place = store(stranger.id, stranger_wav)
+                rows.append({"task": "vc", **base, "prompt": place, "prompt_text": stranger.text,
+                             "target_speaker": stranger.speaker})  # fmt: skip
+                if given:
+                    both, gain = add_voice(wav, stranger_wav)
+                    mixture = store(name.format(id=r.id, kind="mixture"), both)
+                    kept = store(name.format(id=r.id, kind="aligned"), gain * wav) if gain < 1 else base["clean"]
+                    rows.append({"task": "tse", **base, **given, "noisy": mixture, "clean": kept, "interferer": place,
+                                 "interferer_speaker": stranger.speaker, "gain": round(gain, 6)})  # fmt: skip
+            yield k, i, r, rows
+
+
+SECONDS = (1.0, 30.0)
+"""Of a recording that is judged: the recogniser hears thirty."""
+
+
+def of_recordings(
+    manifest: str | os.PathLike[str], out: str | os.PathLike[str] | None = None, *, split: str = "test", each: int = 5,
+    seed: int = SEED,
+) -> dict[str, Any]:  # fmt: skip
+    """A test set of one's own held-out recordings, for every task that they can try (:func:`simulated`).
+
+    Noise and rooms are those beside the manifest (``noise.jsonl``: its split ``test``; ``rirs.safetensors``); where no
+    noise is held out, it is coloured or babble.  Recordings with a film serve lip-to-speech too.
+
+    Args:
+        manifest: made by ``metis prepare manifest``.
+        out: the folder; default ``testset`` beside the manifest.
+        split: which recordings.
+        each: of a voice, drawn.
+        seed: of all that is drawn.
+
+    Returns:
+        ``testset`` (folder), ``items`` (task: rows) and ``recordings``.
+
+    Raises:
+        MetisError: no manifest, no recording of the split that can be judged, or one that cannot be read.
+    """
+    manifest = Path(manifest).expanduser()
+    folder, generator = manifest.parent, np.random.default_rng(seed)
+    out = (Path(out).expanduser() if out else folder / "testset").absolute()
+    if each < 1:
+        raise MetisError(f"a test set has at least one recording a voice, not {each}")
+    if out.resolve() == folder.resolve():
+        raise MetisError(f"{out} holds the manifest to train with; name another folder by --out")
+    held_out = [r for r in read_manifest(manifest, check_files=True) if r.split == split]
+    voices = defaultdict[str, list[Row]](list)
+    for r in held_out:
+        if SECONDS[0] <= r.duration <= SECONDS[1]:
+            voices[r.speaker].append(r)
+    if not voices:
+        what = f"{len(held_out)} recordings of the split {split!r}, none"
+        raise MetisError(f"{manifest} has {what} of {SECONDS[0]:g} to {SECONDS[1]:g} s to make a test set of")
+    drawn = {s: [voices[s][int(i)] for i in generator.permutation(len(voices[s]))] for s in sorted(voices)}
+    if any(row["split"] == "test" for row in read_jsonl(folder / "noise.jsonl")):
+        noises = Noises.load(folder, manifest=manifest, split="test", speech=60)
+    else:
+        babble = [rows[0] for s, rows in drawn.items() if s != UNKNOWN][:60]
+        noises = Noises(speech=[Recording(r.speaker, read_span(r).numpy()) for r in babble])
+    rooms = Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None
+    rows, count = Rows(), 0
+    for *_, r, found in simulated(
+        drawn, out, each=each, generator=generator, about=lambda r: {"language": r.language}, speakers=list(drawn),
+        others=[s for s in drawn if s != UNKNOWN], noises=noises, rooms=rooms, name="{kind}/{id}",
+    ):  # fmt: skip
+        spoken = [row for row in found if row["task"] == "tts"]
+        if r.video and r.start is None and r.end is None and spoken:
+            found.append(spoken[0] | {"task": "l2s", "video": stated_path(r.root / r.video, out)})
+        rows, count = rows + found, count + 1
+    order = {task: n for n, task in enumerate(("codec", "se", "tts", "vc", "tse", "l2s"))}
+    write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda row: order[row["task"]]))
+    return {"testset": str(out), "items": dict(Counter(row["task"] for row in rows)), "recordings": count}
 
 
 # ---------------------------------------------------------------- Seed-TTS

@@ -428,3 +428,87 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     for wrong in (["vctk"], ["seen", "--root=x"], ["wsj", "--root=x"]):
         assert cli.main(["prepare", "testset", *wrong]) != 0
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- of held-out recordings
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """A manifest: two voices of two sentences, one of one, one without a name, one without a text, a training row."""
+    wavs = [p for p in sorted(HUMAN.glob("*.flac")) if "-noisy" not in p.name and soundfile.info(p).duration > 2]
+    about = ["a 1", "a 2", "b 3", "b 4", "c 5", "unknown 6", "unknown 7", "a ", "d 8"]
+    rows = []
+    for k, (speaker, text) in enumerate(line.split(" ") for line in about):
+        rows.append({
+            "id": f"{speaker}/{k}", "path": str(wavs[k]), "text": text and f"Sentence {text}.", "language": "de",
+            "speaker": speaker, "duration": soundfile.info(wavs[k]).duration, "split": "train" if speaker == "d" else
+            "test", "source": "mine", "licence": "mine", "human": True,
+        })  # fmt: skip
+    rows[2] |= {"start": 0.5, "end": 2.0, "duration": 1.5}
+    rows[4] |= {"video": "c.mp4"}
+    rows[3] |= {"video": "b.mp4"}
+    for name in ("b", "c"):
+        (tmp_path / f"{name}.mp4").write_bytes(b"film")
+    write_jsonl(tmp_path / "manifest.jsonl", rows)
+    return tmp_path / "manifest.jsonl"
+
+
+def test_held_out_recordings_serve_every_task_that_they_can_try(held_out: Path) -> None:
+    made = testsets.of_recordings(held_out)
+    folder = held_out.parent / "testset"
+    rows = read_jsonl(folder / "manifest.jsonl")
+    ids = {task: {r["id"] for r in rows if r["task"] == task} for task in made["items"]}
+    named = {"a/0", "a/1", "b/2", "b/3", "c/4"}
+    assert made["recordings"] == 8 and {task: len(some) for task, some in ids.items()} == made["items"]
+    assert ids["se"] == named | {"a/7", "unknown/5", "unknown/6"}  # no text is needed
+    assert ids["codec"] == named | {"unknown/5", "unknown/6"} and ids["vc"] == named
+    assert ids["tse"] == named - {"c/4"}  # it needs another utterance of the voice
+    assert ids["tts"] <= {"a/0", "a/1", "b/2", "b/3"} and len(ids["tts"]) >= 3 and ids["l2s"] == {"b/3"}
+    for task in ids:
+        for item in load_items(folder, task):
+            assert item.language == "de"
+            voice = [p.relative_to(folder).parts[0] for p in (item.prompt,) if p and task != "codec"]
+            assert voice == [] or (voice != [item.speaker] if task == "vc" else voice == [item.speaker])
+    spans = {r["id"]: len(read(folder / r["clean"])) for r in rows if r["task"] == "codec"}
+    assert spans["b/2"] == round(1.5 * AUDIO_RATE)  # the span alone
+    for row in (r for r in rows if r["task"] == "tse"):
+        both, target = read(folder / row["noisy"]), read(folder / row["clean"])
+        assert len(both) == len(target) and np.abs(both - target).max() > 0.01
+    for row in (r for r in rows if r["task"] == "se"):
+        noise = read(folder / row["noisy"]) - read(folder / row["clean"])
+        assert row["done"]["noise"] and np.abs(noise).max() > 1e-3
+
+
+def test_held_out_recordings_are_drawn_by_a_seed(held_out: Path, tmp_path: Path) -> None:
+    sets = {}
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        testsets.of_recordings(held_out, tmp_path / name, each=1, seed=seed)
+        rows = read_jsonl(tmp_path / name / "manifest.jsonl")
+        sets[name] = rows, [(tmp_path / name / r["noisy"]).read_bytes() for r in rows if "noisy" in r]
+    assert sets["one"] == sets["two"] and sets["one"][1] != sets["three"][1]
+    assert sum(r["task"] == "se" for r in sets["one"][0]) == 4  # one a voice
+
+
+def test_held_out_noise_is_used_where_there_is_some(held_out: Path) -> None:
+    soundfile.write(held_out.parent / "hum.flac", np.sin(np.arange(AUDIO_RATE) / 9) * 0.3, AUDIO_RATE)
+    for split, used in (("train", False), ("test", True)):
+        write_jsonl(held_out.parent / "noise.jsonl", [{"id": "hum", "path": "hum.flac", "split": split}])
+        testsets.of_recordings(held_out)
+        rows = read_jsonl(held_out.parent / "testset" / "manifest.jsonl")
+        assert any("hum" in str(r["done"]) for r in rows if r["task"] == "se") == used
+
+
+def test_own_testsets_by_the_command(held_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = str(held_out)
+    assert cli.main(["prepare", "testset", manifest, "--each", "2"]) == 0
+    assert "of tse" in capsys.readouterr().out
+    for extra, said in (
+        (["--split", "validation"], "has 0 recordings of the split 'validation'"), (["--each", "0"], "at least one"),
+        (["--root", "x"], "for public test sets"), (["--out", str(held_out.parent)], "another folder"),
+    ):  # fmt: skip
+        assert cli.main(["prepare", "testset", manifest, *extra]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["prepare", "testset", "unseen", "--each", "2"]) == 2
+    assert cli.main(["prepare", "testset", "gone.jsonl"]) == 2
+    assert read_jsonl(held_out)[0]["split"] == "test"  # the manifest stays as it is

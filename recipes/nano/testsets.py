@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from metis_lib.data.simulate import HOP, Degradation, Noises, Recording, Rooms, 
 from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import corpus, human, packages, synthesis
-from recipes.testsets import add_voice
+from recipes.testsets import add_voice, simulated, storage
 
 _RECIPE = json.loads(Path(__file__).with_name("human.json").read_text(encoding="utf-8"))
 TERMS: dict[str, tuple[str, str, int]] = {key: tuple(values) for key, values in _RECIPE["terms"].items()}
@@ -70,19 +69,6 @@ def _voices() -> tuple[dict[str, tuple[str, str, np.ndarray, str]], list[Recordi
     return utterances, babble
 
 
-def _storage(out: Path) -> Callable[[str, np.ndarray], str]:
-    """A function that writes [S] at 24 kHz under an id into ``out``, each id once, and returns the file's name."""
-    written: dict[str, str] = {}
-
-    def store(id: str, wav: np.ndarray) -> str:
-        if id not in written:
-            written[id] = f"{id}.flac"
-            audio.write(out / written[id], wav, AUDIO_RATE)
-        return written[id]
-
-    return store
-
-
 def build_human(out: str | os.PathLike[str]) -> Path:
     """Write audio (24 kHz FLAC, PCM 16) and ``manifest.jsonl`` of the test set into ``out``.
 
@@ -97,7 +83,7 @@ def build_human(out: str | os.PathLike[str]) -> Path:
     utterances, babble = _voices()
     sounds = corpus.ambient_recordings()
     terms = corpus.BLANKET_LICENCES | {"babble": human.UQM_LICENCE, "white": "none", "pink": "none"}
-    store = _storage(out)
+    store = storage(out)
 
     def base(task: str, id: str) -> dict[str, Any]:
         speaker, text, wav, key = utterances[id]
@@ -198,11 +184,9 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 0, more:
 
     Where the corpus holds fewer of a voice, it says further held-out sentences (``more``; they lie in ``spoken``).
 
-    Rows of ``unseen``: codec; se (the paper's degradation, but always with noise, of held-out noises and rooms: noisy,
-    snr_db, done); tts (prompt of the same voice); vc (``clean`` is the source, the prompt another voice's); tse
-    (``noisy`` is the target and another voice, ``interferer``, added as they are; ``gain`` below 1 only against
-    clipping); l2s (``video``: lips drawn in time with the recording).  ``tuning`` has the same of other voices, noises
-    and rooms, and no l2s; ``seen`` has tts.
+    Rows of ``unseen``: those of :func:`recipes.testsets.simulated`, with held-out noises and rooms; l2s (``video``:
+    lips drawn in time with the recording).  ``tuning`` has the same of other voices, noises and rooms, and no l2s;
+    ``seen`` has tts.
 
     Raises:
         MetisError: the corpus is not prepared, or holds no such voices.
@@ -226,47 +210,17 @@ def build_synthetic(name: str, home: Path | None = None, *, each: int = 0, more:
     others = speakers if len(speakers) > 1 else sorted(voices)  # of a small corpus, voices with few utterances too
     if name != "seen" and len(others) < 2:
         raise MetisError(f"the corpus in {folder} has one voice for the test set {name}; mixtures need another")
-    store, generator = _storage(out), np.random.default_rng(2025)
-    noises = Noises.load(folder, split="test" if final else "train", speech=60)
-    rooms = None if name == "seen" else add_rooms(24, 100 if final else 200)
     rows: list[dict[str, Any]] = []
-    for k, speaker in enumerate(speakers):
-        said = sorted(voices[speaker], key=lambda r: r.id)
-        other = sorted(voices[others[(others.index(speaker) + 1) % len(others)]], key=lambda r: r.id)
-        for i, r in enumerate(said[:each]):
-            prompt, stranger = said[(i + 1) % len(said)], other[i % len(other)]
-            wav, prompt_wav, stranger_wav = (audio.read(x.audio, AUDIO_RATE).numpy() for x in (r, prompt, stranger))
-            base = {
-                "id": r.id, "speaker": speaker, "text": r.text, "clean": store(r.id, wav), "source": r.source,
-                "licence": r.licence, "bandwidth_hz": AUDIO_RATE // 2, "duration": r.duration,
-            }  # fmt: skip
-            given = {"prompt": store(prompt.id, prompt_wav), "prompt_text": prompt.text}
-            rows.append({"task": "tts", **base, **given})
-            if rooms is None:
-                continue
-            noisy, clean, done = degrade(
-                wav,
-                AUDIO_RATE,
-                noises=noises,
-                generator=generator,
-                rooms=rooms,
-                speaker=speaker,
-                params=Degradation(noise_p=1.0),
-            )
-            both, gain = add_voice(wav, stranger_wav)
-            rows += [
-                {"task": "codec", **base},
-                {"task": "se", **base, "clean": store(f"{r.id}-clean", clean) if done["gain"] != 1 else base["clean"],
-                 "noisy": store(f"{r.id}-noisy", noisy), "snr_db": done["snr_db"], "done": done},
-                {"task": "vc", **base, "prompt": store(stranger.id, stranger_wav), "prompt_text": stranger.text,
-                 "target_speaker": stranger.speaker},
-                {"task": "tse", **base, **given, "noisy": store(f"{r.id}-mixture", both),
-                 "clean": store(f"{r.id}-aligned", gain * wav) if gain < 1 else base["clean"],
-                 "interferer": store(stranger.id, stranger_wav), "interferer_speaker": stranger.speaker,
-                 "gain": round(gain, 6)},
-            ]  # fmt: skip
-            if final:
-                video = draw_lips(out / f"{r.id}.npz", wav, r.text, np.random.default_rng((2502, k, i)))
-                rows.append({"task": "l2s", **base, **given, "video": video})
+    for k, i, r, found in simulated(
+        {s: sorted(said, key=lambda r: r.id) for s, said in voices.items()}, out, each=each, speakers=speakers,
+        others=others, generator=np.random.default_rng(2025), about=lambda r: {"bandwidth_hz": AUDIO_RATE // 2},
+        noises=None if name == "seen" else Noises.load(folder, split="test" if final else "train", speech=60),
+        rooms=None if name == "seen" else add_rooms(24, 100 if final else 200),
+    ):  # fmt: skip
+        if final:
+            wav = audio.read(r.audio, AUDIO_RATE).numpy()
+            video = draw_lips(out / f"{r.id}.npz", wav, r.text, np.random.default_rng((2502, k, i)))
+            found.append(found[0] | {"task": "l2s", "video": video})
+        rows += found
     write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda r: r["task"]))
     return out

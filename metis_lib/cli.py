@@ -620,7 +620,7 @@ class Training(Command):
     compile: bool = False
     """torch.compile the nets."""
     validate_every: int | None = None
-    """Steps between validations; 0: at the end."""
+    """Steps between validations; 0: at the end (with --keep best twenty times)."""
     seed: int = 0
     """Of everything random."""
     workers: int = 0
@@ -703,6 +703,8 @@ class FineTune(Training):
     """Train all weights of stage 1."""
     adapter_only: bool = False
     """Train only what the task adds: adapter, text embedding."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights stay: those with the lowest cross-entropy of held-out recordings, or the last."""
 
     def run(self) -> Answer:
         from metis_lib.checkpoints import locate
@@ -714,7 +716,7 @@ class FineTune(Training):
             raise MetisError("say --full or --adapter-only, not both")
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
         scores = finetune(
-            self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
+            self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers, keep=self.keep,
             settings=self._settings(self.task, like), budget=self.budget, resume=not self.fresh, device=self.device,
             strategy=self.strategy, say=_say,
         )  # fmt: skip

@@ -120,6 +120,56 @@ def test_the_cosine_over_a_budgets_time(tmp_path, monkeypatch):
         loop.fit(Small(), feed, settings, tmp_path / "other")
 
 
+class Drifting(loop.Objective):
+    """Training pulls a number towards 1; held-out data likes 0.5 best, and the codes of ``told`` are what it was."""
+
+    def __init__(self):
+        super().__init__()
+        self.model, self.told = torch.nn.Linear(1, 1, bias=False), []
+        torch.nn.init.zeros_(self.model.weight)
+
+    def counts(self, batch):
+        return {"loss": 1.0}
+
+    def forward(self, batch, part="model"):
+        return {"loss": (self.model(batch["x"]) - 1).abs().sum()}
+
+    def validate(self):
+        self.told.append(self.model.weight.item())
+        return {"far": abs(self.model.weight.item() - 0.5)}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_the_best_weights_stay_where_that_is_asked_also_after_a_stop(tmp_path, ema):
+    feed = Repeat({"x": torch.ones(1, 1)})
+    settings = TrainSettings(steps=60, lr=0.05, warmup=0, schedule="constant", weight_decay=0.0, ema=ema,
+                             precision="32-true", validate_every=1, log_every=1, save_every=1, best="far")  # fmt: skip
+    whole = Drifting()
+    scores = loop.fit(whole, feed, settings, tmp_path / "whole")
+    nearest = min(range(60), key=lambda k: abs(whole.told[k] - 0.5))
+    assert scores["best_step"] == nearest + 1 < 30 and scores["steps"] == 60 and scores["finished"]
+    assert whole.model.weight.item() == whole.told[nearest] and scores["far"] < 0.03 < abs(whole.told[-1] - 0.5)
+    last = Drifting()
+    scores = loop.fit(last, feed, replace(settings, best=""), tmp_path / "last")
+    assert last.model.weight.item() == whole.told[-1] and "best_step" not in scores
+
+    class Stopped(Repeat):
+        def open(self, step, rank, world, accumulate):
+            for n, batch in enumerate(super().open(step, rank, world, accumulate)):
+                if n == 35 and step == 0:
+                    raise KeyboardInterrupt
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(Drifting(), Stopped({"x": torch.ones(1, 1)}), settings, tmp_path / "stopped")
+    again = Drifting()
+    scores = loop.fit(again, feed, settings, tmp_path / "stopped")
+    assert len(again.told) == 25 and scores["best_step"] == nearest + 1
+    assert again.model.weight.item() == whole.told[nearest]
+    with pytest.raises(MetisError, match="no score 'near'.*has far"):
+        loop.fit(Drifting(), feed, replace(settings, best="near"), tmp_path / "other")
+
+
 def test_budgets():
     assert [seconds_of(text) for text in ("90s", "100m", "1.5h")] == [90, 6000, 5400]
     for text in ("100", "m", "0m", "1d", "-3m"):

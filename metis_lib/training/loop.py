@@ -58,6 +58,7 @@ class TrainSettings:
         log_every, validate_every, save_every: steps (0: only at the end); besides, a state is saved every
             ``save_minutes``.
         keep: how many states stay on the disk.
+        best: a score of the validation: the weights with its lowest value are the result ("": the last ones are).
     """
 
     steps: int = 1000
@@ -79,6 +80,7 @@ class TrainSettings:
     save_every: int = 0
     save_minutes: float = 10.0
     keep: int = 2
+    best: str = ""
 
 
 def learning_rate(step: int, settings: TrainSettings, spent: float = 0.0) -> float:
@@ -182,6 +184,11 @@ def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str 
     return fabric
 
 
+def whole(fabric: Any) -> bool:
+    """Whether each process holds all weights: other strategies shard them, and save them so."""
+    return "DDP" in type(fabric.strategy).__name__ or fabric.world_size == 1
+
+
 class Checkpoints:
     """States of a run under ``folder``: written beside and renamed, the last ``keep`` of them stay."""
 
@@ -199,8 +206,7 @@ class Checkpoints:
         for old in self.folder.glob(".step-*.part") if fabric.is_global_zero else ():  # of a killed process
             old.unlink(missing_ok=True)
         try:
-            whole = "DDP" in type(fabric.strategy).__name__ or fabric.world_size == 1  # others save sharded, unfiltered
-            fabric.save(part, state, filter={"model": lambda key, _: key in trained} if whole else None)
+            fabric.save(part, state, filter={"model": lambda key, _: key in trained} if whole(fabric) else None)
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -325,11 +331,12 @@ def fit(
 
     Returns:
         The last validation's scores, with ``steps`` (done in all), ``finished``, ``seconds``, ``cpu_seconds``,
-        ``frames`` (all sessions together) and ``skipped`` (updates left out because a gradient was not finite).
+        ``frames`` (all sessions together) and ``skipped`` (updates left out because a gradient was not finite); with
+        ``settings.best`` those of the best validation, and ``best_step``.
 
     Raises:
-        MetisError: ten updates in a row were not finite, the memory or the disk does not suffice, or a state that
-            does not fit.
+        MetisError: ten updates in a row were not finite, the memory or the disk does not suffice, a state that does
+            not fit, or ``settings.best`` that is no score or asks for weights in shards.
     """
     folder, allowed = Path(folder), seconds_of(budget) if budget else math.inf
     if settings.schedule == "budget" and not budget:
@@ -379,6 +386,9 @@ def fit(
         **rest.get("progress", {}),
     }
     scores: dict[str, Any] = rest.get("scores", {})
+    best: dict[str, Any] = rest.get("best", {}) if settings.best else {}
+    if settings.best and not whole(fabric):
+        raise MetisError("weights in shards are not kept by their score; take the strategy ddp, or the last weights")
     ramp = rest.get("ramp", first)
     first = progress["step"]
     if fabric.is_global_zero:
@@ -393,7 +403,7 @@ def fit(
     log = Log(folder, fabric.is_global_zero, first)
 
     def save() -> None:
-        now = dict(state, progress=dict(progress), scores=scores, buffers=buffers, ramp=ramp)
+        now = dict(state, progress=dict(progress), scores=scores, buffers=buffers, ramp=ramp, best=best)
         states.save(progress["step"], now | ({"average": average.values} if average else {}), fabric, set(names))
 
     began, cpu_began, saved = time.monotonic(), time.process_time(), time.monotonic()
@@ -479,6 +489,13 @@ def fit(
                 if checked:
                     scores, samples = _validated(fabric, objective, module, average)
                     line["validation"] = scores
+                    if settings.best and settings.best not in scores:
+                        known = ", ".join(scores) or "nothing"
+                        raise MetisError(f"no score {settings.best!r} to choose weights by: the validation has {known}")
+                    if settings.best and scores[settings.best] < best.get("scores", {}).get(settings.best, math.inf):
+                        now = average.values if average else {name: by_name[name].detach() for name in names}
+                        kept = {name: value.to("cpu", copy=True) for name, value in now.items()}
+                        best = {"step": progress["step"], "scores": scores, "values": kept}
                     tick()
                 log.add(line, samples)
                 if fabric.is_global_zero:
@@ -500,6 +517,11 @@ def fit(
         with torch.no_grad():
             for key, p in average.parameters.items():
                 p.copy_(average.values[key])
+    if best:
+        with torch.no_grad():
+            for name, value in best["values"].items():
+                by_name[name].copy_(value)
+        scores = best["scores"] | {"best_step": best["step"]}
     module.eval()
     objective.to("cpu")
     progress["steps"] = progress.pop("step")

@@ -576,7 +576,7 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
 
 def finetune(
     name: str, source: str | Path, out: str | Path, *, base: str | Path = "nano", mode: str = "lora", rank: int = 16,
-    settings: TrainSettings | None = None, workers: int = 0, say: Callable[[str], None] = lambda line: None,
+    settings: TrainSettings | None = None, keep: str = "best", workers: int = 0, say: Callable[[str], None] = lambda line: None,
     **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Adapt a system to a task with recordings of one's own, in a system folder of its own.
@@ -588,6 +588,8 @@ def finetune(
         base: ``nano``, or the folder of a system, which stays as it is.
         mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
         settings: by default the preset's that is nearest in size.
+        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (validated twenty times
+            unless the settings say how often), or the ``last`` ones.
         more: of :func:`train`: budget, resume, device, strategy.
 
     Returns:
@@ -624,6 +626,9 @@ def finetune(
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
     settings = settings or settings_for(name, scale)
+    if keep == "best":
+        every = settings.validate_every or max(1, settings.steps // 20)
+        settings = dataclasses.replace(settings, best="cross_entropy", validate_every=every)
     known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
     if times > OFTEN:

@@ -480,7 +480,8 @@ class Evaluate(Command):
     limit: int | None = None
     """Only the first items of each task."""
     model: str = "nano"
-    """nano, debug, the folder of a system, or amphion/metis."""
+    """nano, debug, the folder of a system, or amphion/metis; @lora, @full, @released (the wiring of the released code)
+    or @REVISION behind the name of published weights."""
     device: str = "auto"
     """auto (all GPUs, each the next notebook), cpu, cuda, or several: cuda:0,cuda:1."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -716,9 +717,9 @@ class FineTune(Training):
             raise MetisError("say --full or --adapter-only, not both")
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
         scores = finetune(
-            self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers, keep=self.keep,
-            settings=self._settings(self.task, like), budget=self.budget, resume=not self.fresh, device=self.device,
-            strategy=self.strategy, say=_say,
+            self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
+            settings=self._settings(self.task, like), keep=self.keep, budget=self.budget, resume=not self.fresh,
+            device=self.device, strategy=self.strategy, say=_say,
         )  # fmt: skip
         return _trained(self.task, self.out, scores)
 

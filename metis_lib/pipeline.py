@@ -178,7 +178,8 @@ class Metis:
 
         Args:
             name: ``nano`` (ships with the library), ``debug`` (random weights), the folder of a system, or the
-                published weights: ``amphion/metis`` or a folder in the released layout.
+                published weights: ``amphion/metis`` or a folder in the released layout, with ``@lora``, ``@full``,
+                ``@released`` or ``@REVISION`` behind it for what the arguments below say.
             task: load what these need (tts, vc, tse, se, l2s, omni, base); by default everything of a system of
                 ours, and of the published weights what is used, when it is used.
             variant: of published tasks, ``full`` or ``lora``; by default what was published for them.
@@ -202,6 +203,7 @@ class Metis:
             from metis_lib.released import Released
 
             store = Released(name, revision=revision, dtype=kind, local_files_only=local_files_only)
+            compat = compat or store.compat
         self = cls(store, where, compat=compat, compile=compile)
         if variant is not None and task is None and not isinstance(store, Folder):
             raise MetisError("say which task the variant is of: task=...")

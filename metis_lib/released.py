@@ -80,7 +80,9 @@ class Released:
 
         Args:
             where: a hub id, or a folder in the released layout.  MaskGCT's files may also lie in ``MaskGCT/`` below it
-                or beside it, those of w2v-BERT lie in ``w2v-bert-2.0/`` below or beside it.
+                or beside it, those of w2v-BERT lie in ``w2v-bert-2.0/`` below or beside it.  Behind the name, each
+                after an ``@``: ``full`` or ``lora`` (the variant of all tasks), ``released`` (:attr:`compat`), or a
+                revision; so a name tells all about a row of an evaluation: ``amphion/metis@lora``.
             revision: of ``amphion/metis`` on the hub.
             dtype: of the transformers' weights; codecs, lips and statistics stay in float32.
             local_files_only: never ask the network.
@@ -88,6 +90,13 @@ class Released:
         Raises:
             MetisError: no such folder, nor the form of a hub id.
         """
+        marks: list[str] = []
+        if not Path(where).expanduser().is_dir():
+            name, *marks = str(where).split("@")
+            where = name if isinstance(where, str) else Path(name)
+        self.compat = "released" if "released" in marks else None
+        self.preferred = next((mark for mark in marks if mark in ("full", "lora")), None)
+        revision = revision or next((mark for mark in marks if mark not in ("full", "lora", "released")), None)
         folder = Path(where).expanduser()
         self.on_hub = not folder.is_dir()
         if self.on_hub and (isinstance(where, Path) or where.count("/") != 1 or where[0] in "./~"):
@@ -181,13 +190,13 @@ class Released:
         return all(self.find(name) for name in stage1_files(task, variant))
 
     def variant(self, task: str, variant: str | None) -> str:
-        """The variant asked for, or the published default (in a folder that lacks it, the one that is there).
+        """The variant asked for here or in the name, or the published default (in a folder that lacks it, the other).
 
         Raises:
             MetisError: the task has no such variant; the line says which there are.
         """
         task_named(task)
-        choices = variants(task)
+        choices, variant = variants(task), variant or self.preferred
         if variant is not None and variant not in choices:
             raise MetisError(f"the released {task} has no variant {variant!r}; there is: {', '.join(choices)}")
         if variant is None and not self.on_hub:

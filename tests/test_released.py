@@ -554,6 +554,36 @@ def test_sizes_are_exact_to_the_byte(place):
             assert Released(place[0]).find(name).stat().st_size == row["bytes"], name
 
 
+def test_a_name_tells_variant_revision_and_wiring(place, hub, tmp_path):
+    folder = str(place[0])
+    assert [Released(folder + mark).variant("vc", None) for mark in ("", "@full", "@lora")] == ["full", "full", "lora"]
+    assert Released(f"{folder}@lora").variant("vc", "full") == "full"
+    with pytest.raises(MetisError, match="tts has no variant 'lora'"):
+        Released(f"{folder}@lora").require("tts")
+    tiny_home(place)
+    Released("amphion/metis@v1.2@lora").require("se")
+    assert ("amphion/metis", "metis_se/metis_se_lora_32.safetensors", "v1.2") in hub.asked
+    odd = Released(shutil.copytree(folder, tmp_path / "at@home"))  # a folder's own name stays as it is
+    assert odd.preferred is None and odd.find("base")
+
+
+def test_variants_are_rows_of_an_evaluation(place, tmp_path, monkeypatch):
+    from metis_lib.evaluation import record, systems
+
+    folder, item = str(place[0]), systems.load_items("human", "se")[0]
+    names = [f"{folder}{mark}" for mark in ("@lora", "@full", "@released")]
+    assert systems.choose_systems("se", names, folder) == names
+    with pytest.raises(MetisError, match="twice"):
+        systems.choose_systems("se", [*names, names[0]], folder)
+    maker = systems.Systems(folder, "cpu", options={"steps": 1})
+    clips = systems.produce([item], names, tmp_path, maker=maker)
+    assert [clip.system for clip in clips] == ["metis@lora", "metis@full", "metis@released"]
+    sounds = [clip.path.read_bytes() for clip in clips]
+    assert len(set(sounds)) == 3 and maker.metis(names[2]).compat == "released" != maker.metis(names[0]).compat
+    kinds = [record.checkpoint_hashes(name)["variants"]["se"] for name in names]
+    assert kinds == ["lora", "full", "lora"] and "tts" not in record.checkpoint_hashes(names[0])["variants"]
+
+
 # --- conversion, export, the command line
 
 

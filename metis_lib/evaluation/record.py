@@ -103,12 +103,15 @@ def _released_hashes(where: str) -> dict[str, Any]:
     if "lips" in weights:
         configs["lips"] = weights["lips"].with_suffix(".json")
     found: dict[str, Any] = {"checkpoint_sha256": _sha256_named(weights), "config_sha256": _sha256_named(configs)}
-    found["variants"] = {file.task: place.variant(file.task, None) for file in FILES.values() if file.task}
+    found["variants"] = dict[str, str]()
+    for task in dict.fromkeys(file.task for file in FILES.values() if file.task):
+        with contextlib.suppress(MetisError):  # the variant that the name tells is not one of this task
+            found["variants"][task] = place.variant(task, None)
     if place.on_hub:
         revisions = set()
         for file in FILES.values():
             repo = place.name if file.repo == "amphion/metis" else file.repo
-            for revision in (None, file.revision or None):
+            for revision in (place.revision, file.revision or None):
                 with contextlib.suppress(ValueError):  # no name that a hub could have
                     kept = try_to_load_from_cache(repo, file.path, revision=revision)
                     if isinstance(kept, str):

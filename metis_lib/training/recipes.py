@@ -576,8 +576,8 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
 
 def finetune(
     name: str, source: str | Path, out: str | Path, *, base: str | Path = "nano", mode: str = "lora", rank: int = 16,
-    settings: TrainSettings | None = None, keep: str = "best", workers: int = 0, say: Callable[[str], None] = lambda line: None,
-    **more: Any,
+    settings: TrainSettings | None = None, keep: str = "best", workers: int = 0,
+    say: Callable[[str], None] = lambda line: None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Adapt a system to a task with recordings of one's own, in a system folder of its own.
 
@@ -604,6 +604,8 @@ def finetune(
         raise MetisError("finetune is one process; for several run `metis train part` in a system's folder")
     if mode == "lora" and rank < 1:
         raise MetisError(f"the rank of LoRA is at least 1, not {rank}")
+    if keep not in ("best", "last"):
+        raise MetisError(f"keep the 'best' or the 'last' weights, not {keep!r}")
     takes = task(name)  # MetisError for one that there is not
     manifest, out, rank = Path(source), Path(out), rank if mode == "lora" else 0
     try:

@@ -129,6 +129,8 @@ def system_hash(folder: str | Path) -> str:
 def own_system(name: str | Path) -> bool:
     """Whether ``name`` is meant to be a system of ours; if not, it is in the released layout or on a hub."""
     given = Path(name).expanduser()
+    if "@" in str(name) and not given.is_dir():
+        return False
     if (SHIPPED / str(name)).is_dir() or "/" not in str(name):
         return not (given.is_dir() and released_layout(given))
     return given.is_dir() and not released_layout(given)

@@ -340,14 +340,15 @@ class Testset(Command):
 
     def run(self) -> Answer:
         options = {key: getattr(self, key) for key in ("out", "prompts", "seed", "allow_count")}
-        if self.name.endswith(".jsonl") or Path(self.name).is_file():
+        if self.name.endswith(".jsonl"):
             if (self.root, self.prompts) != (None, None):
                 raise MetisError(f"{self.name} is a manifest; --root and --prompts are for public test sets")
             own = _recipe("testsets").of_recordings(
                 self.name, self.out, split=self.split, each=self.each, seed=self.seed
             )
             counts = ", ".join(f"{n} of {task}" for task, n in own["items"].items())
-            return Answer(f"{own['recordings']} recordings, {counts}: {own['testset']}", own)
+            short = f" ({own['left_out']} left out: below 1 or above 30 s)" if own["left_out"] else ""
+            return Answer(f"{own['recordings']} recordings{short}, {counts}: {own['testset']}", own)
         if (self.split, self.each) != ("test", 5):
             raise MetisError(f"--split and --each are for the manifest of your own recordings, not for {self.name!r}")
         if self.name in ("unseen", "seen", "tuning"):
@@ -621,7 +622,7 @@ class Training(Command):
     compile: bool = False
     """torch.compile the nets."""
     validate_every: int | None = None
-    """Steps between validations; 0: at the end (with --keep best twenty times)."""
+    """Steps between validations; 0: at the end. With --keep best a twentieth of the steps, or ten."""
     seed: int = 0
     """Of everything random."""
     workers: int = 0

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metis_lib import assets
-from metis_lib.checkpoints import TaskConfig, load_config_and_card
+from metis_lib.checkpoints import TaskConfig, load_config_and_card, released_layout
 from metis_lib.config import SystemConfig, preset
 from metis_lib.errors import MetisError
 from metis_lib.released_files import (
@@ -59,7 +59,9 @@ class Released:
     """The released checkpoints of one place; files are fetched when asked for, modules are loaded one by one.
 
     Attributes:
-        name: the hub's id or the folder.
+        name: as it was given.
+        repo, revision: of the hub, or the folder.
+        preferred, compat: what stands behind the name.
         config: sizes of the parts; those of the paper unless the folder's ``config.json`` is a ``SystemConfig``.
         tasks: tasks that can be asked for; in a folder those whose files are there.
         licence: to be shown to the user.
@@ -90,21 +92,28 @@ class Released:
         Raises:
             MetisError: no such folder, nor the form of a hub id.
         """
-        marks: list[str] = []
-        if not Path(where).expanduser().is_dir():
-            name, *marks = str(where).split("@")
-            where = name if isinstance(where, str) else Path(name)
-        self.compat = "released" if "released" in marks else None
-        self.preferred = next((mark for mark in marks if mark in ("full", "lora")), None)
-        revision = revision or next((mark for mark in marks if mark not in ("full", "lora", "released")), None)
-        folder = Path(where).expanduser()
+        self.name, repo, marks = str(where), str(where), list[str]()
+        while "@" in repo and not Path(repo).expanduser().is_dir():
+            repo, _, mark = repo.rpartition("@")
+            marks.insert(0, mark)
+        folder = Path(repo).expanduser()
         self.on_hub = not folder.is_dir()
-        if self.on_hub and (isinstance(where, Path) or where.count("/") != 1 or where[0] in "./~"):
+        if self.on_hub and (isinstance(where, Path) or repo.count("/") != 1 or repo[0] in "./~"):
             raise MetisError(
-                f"unknown model {str(where)!r}: no such folder; use 'nano', the folder of a system or of released "
+                f"unknown model {self.name!r}: no such folder; use 'nano', the folder of a system or of released "
                 "files, or a hub id as amphion/metis"
             )
-        self.name, self.revision, self.dtype, self.local_files_only = str(where), revision, dtype, local_files_only
+        kinds = [mark for mark in marks if mark in ("full", "lora")]
+        pins = [mark for mark in marks if mark not in ("full", "lora", "released")]
+        if "" in marks or len(kinds) > 1 or len(pins) > 1 or (pins and not self.on_hub):
+            raise MetisError(
+                f"{self.name}: behind the name may stand @full or @lora, @released, of the hub a @REVISION"
+            )
+        if marks and not self.on_hub and not released_layout(folder):
+            raise MetisError(f"{self.name}: what stands behind the @ is for published weights; {repo} holds none")
+        self.preferred, self.compat = next(iter(kinds), None), "released" if "released" in marks else None
+        self.repo, self.revision = repo, revision or next(iter(pins), None)
+        self.dtype, self.local_files_only = dtype, local_files_only
         self.folder = assets.metis_home() / "released" if self.on_hub else folder
         self.config = preset("paper")
         with contextlib.suppress(OSError, ValueError):  # the hub's own config.json is no configuration
@@ -115,7 +124,8 @@ class Released:
     @property
     def tasks(self) -> tuple[str, ...]:
         known = [name for name in TASKS if f"{name}_full" in FILES]  # not those of METIS_TASKS
-        return tuple(name for name in known if self.on_hub or any(self._whole(name, kind) for kind in variants(name)))
+        kinds = {name: [kind for kind in variants(name) if self.preferred in (None, kind)] for name in known}
+        return tuple(n for n in known if kinds[n] and (self.on_hub or any(self._whole(n, kind) for kind in kinds[n])))
 
     # where the files are
 
@@ -125,6 +135,8 @@ class Released:
         The rank in the name of a LoRA may be another than the published one.
         """
         file, beside = FILES[name], self.folder.absolute().parent
+        if file.repo == "amphion/metis" and self.on_hub and self.revision:
+            return None  # which revision lies in the folder nobody can tell
         if file.repo == "amphion/MaskGCT":
             places = [self.folder / file.path, self.folder / "MaskGCT" / file.path, beside / "MaskGCT" / file.path]
         elif file.repo == "facebook/w2v-bert-2.0":
@@ -161,7 +173,7 @@ class Released:
         hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
         offline = self.local_files_only or not assets.reachable(hub)  # the client tries again for minutes
         own, problem = file.repo == "amphion/metis", ""
-        repo, revision = (self.name, self.revision) if own else (file.repo, None)
+        repo, revision = (self.repo, self.revision) if own else (file.repo, None)
         for at in dict.fromkeys([revision, revision or file.revision or None]):
             try:
                 return Path(hf_hub_download(repo, file.path, revision=at, local_files_only=offline))

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +24,11 @@ import soundfile
 
 from metis_lib import assets, audio
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.importers import stated_path
+from metis_lib.data.importers import id_of, is_testset, stated_path
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
 from metis_lib.data.store import UNKNOWN, Row, read_jsonl, read_manifest, read_span, write_jsonl, write_text
 from metis_lib.errors import MetisError
+from metis_lib.pipeline import LONGEST_PROMPT
 from recipes import public
 
 SEED = 2025
@@ -106,14 +109,14 @@ def add_voice(target: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, float]
 
 
 def storage(out: Path) -> Callable[[str, np.ndarray], str]:
-    """A function that writes [S] at 24 kHz under an id into ``out``, each id once, and returns the file's name."""
+    """A function that writes [S] at 24 kHz under a name into ``out``, each name once, and returns the file's name."""
     written: dict[str, str] = {}
 
-    def store(id: str, wav: np.ndarray) -> str:
-        if id not in written:
-            written[id] = f"{id}.flac"
-            audio.write(out / written[id], wav, AUDIO_RATE)
-        return written[id]
+    def store(name: str, wav: np.ndarray) -> str:
+        if name not in written:
+            written[name] = f"{name}.flac"
+            audio.write(out / written[name], wav, AUDIO_RATE)
+        return written[name]
 
     return store
 
@@ -121,7 +124,8 @@ def storage(out: Path) -> Callable[[str, np.ndarray], str]:
 def simulated(
     voices: Mapping[str, Sequence[Row]], out: Path, *, each: int, generator: np.random.Generator,
     about: Callable[[Row], dict[str, Any]], speakers: Sequence[str], others: Sequence[str] = (),
-    noises: Noises | None = None, rooms: Rooms | None = None, name: str = "{id}-{kind}",
+    noises: Noises | None = None, rooms: Rooms | None = None,
+    name: Callable[[str, str], str] = lambda id, kind: f"{id}-{kind}" if kind else id,
 ) -> Iterator[tuple[int, int, Row, Rows]]:  # fmt: skip
     """Rows for every task that an utterance can try, utterance by utterance; their recordings are written to ``out``.
 
@@ -139,46 +143,54 @@ def simulated(
         speakers: whose utterances are items.
         others: who may be heard besides, each after the one before in a circle.
         noises, rooms: of se; without noises there are rows for tts alone.
-        name: of the files that are made of an utterance.
+        name: of the file of an utterance's id and what was made of it (``""``: the recording).
 
     Yields:
         Number of the speaker, of the utterance, the utterance, its rows.
     """
     store = storage(out)
+
+    def recording(r: Row) -> tuple[np.ndarray, str]:
+        wav = read_span(r).numpy()
+        return wav, store(name(r.id, ""), wav)
+
+    def prompts(speaker: str) -> list[Row]:
+        return [r for r in voices[speaker] if r.duration <= LONGEST_PROMPT]
+
     for k, speaker in enumerate(speakers):
         said, alone = voices[speaker], speaker == UNKNOWN
-        other = [] if alone or len(others) < 2 else voices[others[(others.index(speaker) + 1) % len(others)]]
+        other = [] if alone or len(others) < 2 else prompts(others[(others.index(speaker) + 1) % len(others)])
         for i, r in enumerate(said[:each]):
-            wav, rows = read_span(r).numpy(), Rows()
+            rows = Rows()
+            wav, clean = recording(r)
             base = {
-                "id": r.id, "speaker": speaker, "text": r.text, "clean": store(r.id, wav), "source": r.source,
+                "id": r.id, "speaker": speaker, "text": r.text, "clean": clean, "source": r.source,
                 "licence": r.licence, **about(r), "duration": r.duration,
             }  # fmt: skip
             given: dict[str, Any] = {}
-            if len(said) > 1 and not alone:
-                prompt = said[(i + 1) % len(said)]
-                given = {"prompt": store(prompt.id, read_span(prompt).numpy()), "prompt_text": prompt.text}
+            later = [] if alone else [x for x in [*said[i + 1 :], *said[:i]] if x.duration <= LONGEST_PROMPT]
+            if later:
+                prompt = next((x for x in later if x.text), later[0])
+                given = {"prompt": recording(prompt)[1], "prompt_text": prompt.text}
                 rows += [{"task": "tts", **base, **given}] if r.text and prompt.text else []
             if noises is not None:
-                noisy, clean, done = degrade(
+                noisy, scaled, done = degrade(
                     wav, AUDIO_RATE, noises=noises, generator=generator, rooms=rooms, speaker=speaker,
                     params=Degradation(noise_p=1.0),
                 )  # fmt: skip
                 rows += [{"task": "codec", **base}] if r.text else []
-                kept = store(name.format(id=r.id, kind="clean"), clean) if done["gain"] != 1 else base["clean"]
-                place = store(name.format(id=r.id, kind="noisy"), noisy)
-                made = {"clean": kept, "noisy": place, "snr_db": done["snr_db"], "done": done}
-                rows.append({"task": "se", **base, **made})
+                kept = store(name(r.id, "clean"), scaled) if done["gain"] != 1 else clean
+                made = {"clean": kept, "noisy": store(name(r.id, "noisy"), noisy), "snr_db": done["snr_db"]}
+                rows.append({"task": "se", **base, **made, "done": done})
             if noises is not None and other and r.text:
                 stranger = other[i % len(other)]
-                stranger_wav = read_span(stranger).numpy()
-                place = store(stranger.id, stranger_wav)
+                stranger_wav, place = recording(stranger)
                 rows.append({"task": "vc", **base, "prompt": place, "prompt_text": stranger.text,
                              "target_speaker": stranger.speaker})  # fmt: skip
                 if given:
                     both, gain = add_voice(wav, stranger_wav)
-                    mixture = store(name.format(id=r.id, kind="mixture"), both)
-                    kept = store(name.format(id=r.id, kind="aligned"), gain * wav) if gain < 1 else base["clean"]
+                    mixture = store(name(r.id, "mixture"), both)
+                    kept = store(name(r.id, "aligned"), gain * wav) if gain < 1 else clean
                     rows.append({"task": "tse", **base, **given, "noisy": mixture, "clean": kept, "interferer": place,
                                  "interferer_speaker": stranger.speaker, "gain": round(gain, 6)})  # fmt: skip
             yield k, i, r, rows
@@ -186,6 +198,8 @@ def simulated(
 
 SECONDS = (1.0, 30.0)
 """Of a recording that is judged: the recogniser hears thirty."""
+TALKERS = 4
+"""Voices that babble is made of, at least: of two it would be one, and whom to keep nobody could tell."""
 
 
 def of_recordings(
@@ -195,55 +209,76 @@ def of_recordings(
     """A test set of one's own held-out recordings, for every task that they can try (:func:`simulated`).
 
     Noise and rooms are those beside the manifest (``noise.jsonl``: its split ``test``; ``rirs.safetensors``); where no
-    noise is held out, it is coloured or babble.  Recordings with a film serve lip-to-speech too.
+    noise is held out, it is coloured or babble.  Recordings with a film serve lip-to-speech too.  The ids are made of
+    letters, digits, ``_`` and ``-``.  The first rows of a task are one of each voice.
 
     Args:
         manifest: made by ``metis prepare manifest``.
-        out: the folder; default ``testset`` beside the manifest.
+        out: the folder, which takes the place of an older test set there; default ``testset`` beside the manifest.
         split: which recordings.
-        each: of a voice, drawn.
+        each: of a voice, drawn; all that nobody knows the speaker of are one voice.
         seed: of all that is drawn.
 
     Returns:
-        ``testset`` (folder), ``items`` (task: rows) and ``recordings``.
+        ``testset`` (folder), ``items`` (task: rows), ``recordings``, and ``left_out``: how many are shorter or longer
+        than :data:`SECONDS`.
 
     Raises:
-        MetisError: no manifest, no recording of the split that can be judged, or one that cannot be read.
+        MetisError: no manifest, no recording of the split that can be judged, one that cannot be read, noise or rooms
+            that cannot be, or a folder that holds something else.
     """
     manifest = Path(manifest).expanduser()
-    folder, generator = manifest.parent, np.random.default_rng(seed)
-    out = (Path(out).expanduser() if out else folder / "testset").absolute()
-    if each < 1:
-        raise MetisError(f"a test set has at least one recording a voice, not {each}")
-    if out.resolve() == folder.resolve():
-        raise MetisError(f"{out} holds the manifest to train with; name another folder by --out")
-    held_out = [r for r in read_manifest(manifest, check_files=True) if r.split == split]
-    voices = defaultdict[str, list[Row]](list)
-    for r in held_out:
-        if SECONDS[0] <= r.duration <= SECONDS[1]:
-            voices[r.speaker].append(r)
-    if not voices:
+    folder, out = manifest.parent, (Path(out).expanduser() if out else manifest.parent / "testset").absolute()
+    if each < 1 or seed < 0:
+        raise MetisError(f"a test set has at least one recording a voice ({each}), and a seed is not negative ({seed})")
+    if out.exists() and not (out.is_dir() and (is_testset(out) or not any(out.iterdir()))):
+        raise MetisError(f"{out} holds something else than a test set; name another folder by --out")
+    generator = np.random.default_rng(seed)
+    held_out = [r for r in read_manifest(manifest) if r.split == split]
+    fit = [r for r in held_out if SECONDS[0] <= r.duration <= SECONDS[1]]
+    if not fit:
         what = f"{len(held_out)} recordings of the split {split!r}, none"
         raise MetisError(f"{manifest} has {what} of {SECONDS[0]:g} to {SECONDS[1]:g} s to make a test set of")
+    voices, taken = defaultdict[str, list[Row]](list), set[str]()
+    for r in fit:
+        for place in (r.audio, *([r.root / r.video] if r.video else [])):
+            if not place.is_file():
+                raise MetisError(f"{manifest}: {place} of {r.id} is missing")
+        short = id_of(Path(f"{r.id}.flac")).strip("-")[:80] or "recording"
+        id = next(id for n in count() if (id := f"{short}-{n}" if n else short) not in taken)
+        taken.add(id)
+        voices[r.speaker].append(replace(r, id=id))
     drawn = {s: [voices[s][int(i)] for i in generator.permutation(len(voices[s]))] for s in sorted(voices)}
-    if any(row["split"] == "test" for row in read_jsonl(folder / "noise.jsonl")):
+    named = [s for s in drawn if s != UNKNOWN]
+    if any(row.get("split") == "test" for row in read_jsonl(folder / "noise.jsonl")):
         noises = Noises.load(folder, manifest=manifest, split="test", speech=60)
     else:
-        babble = [rows[0] for s, rows in drawn.items() if s != UNKNOWN][:60]
-        noises = Noises(speech=[Recording(r.speaker, read_span(r).numpy()) for r in babble])
+        talk = [drawn[s][0] for s in named[:60]] if len(named) >= TALKERS else []
+        noises = Noises(speech=[Recording(r.speaker, read_span(r).numpy()) for r in talk])
     rooms = Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None
-    rows, count = Rows(), 0
-    for *_, r, found in simulated(
-        drawn, out, each=each, generator=generator, about=lambda r: {"language": r.language}, speakers=list(drawn),
-        others=[s for s in drawn if s != UNKNOWN], noises=noises, rooms=rooms, name="{kind}/{id}",
-    ):  # fmt: skip
-        spoken = [row for row in found if row["task"] == "tts"]
-        if r.video and r.start is None and r.end is None and spoken:
-            found.append(spoken[0] | {"task": "l2s", "video": stated_path(r.root / r.video, out)})
-        rows, count = rows + found, count + 1
     order = {task: n for n, task in enumerate(("codec", "se", "tts", "vc", "tse", "l2s"))}
-    write_jsonl(out / "manifest.jsonl", sorted(rows, key=lambda row: order[row["task"]]))
-    return {"testset": str(out), "items": dict(Counter(row["task"] for row in rows)), "recordings": count}
+    rows: list[tuple[tuple[int, int, int], dict[str, Any]]] = []
+    part, recordings = out.with_name(f".{out.name}.{os.getpid()}.part"), 0
+    try:
+        for k, i, r, found in simulated(
+            drawn, part, each=each, generator=generator, about=lambda r: {"language": r.language}, speakers=list(drawn),
+            others=named, noises=noises, rooms=rooms, name=lambda id, kind: f"{kind or 'recording'}/{id}",
+        ):  # fmt: skip
+            spoken = [row for row in found if row["task"] == "tts"]
+            if r.video and r.start is None and r.end is None and spoken:
+                found.append(spoken[0] | {"task": "l2s", "video": stated_path((r.root / r.video).resolve(), out)})
+            rows += [((order[row["task"]], i, k), row) for row in found]
+            recordings += 1
+        write_jsonl(part / "manifest.jsonl", (row for _, row in sorted(rows, key=lambda pair: pair[0])))
+        if out.exists():
+            shutil.rmtree(out)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return {
+        "testset": str(out), "items": dict(Counter(sorted((row["task"] for _, row in rows), key=order.__getitem__))),
+        "recordings": recordings, "left_out": len(held_out) - len(fit),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- Seed-TTS

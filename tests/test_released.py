@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from metis_lib import assets, cli, convert
-from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, save_part
+from metis_lib.checkpoints import SHIPPED, TaskConfig, fill, load_config_and_card, load_state, own_system, save_part
 from metis_lib.config import (
     AcousticCodecConfig,
     LipConfig,
@@ -563,8 +563,25 @@ def test_a_name_tells_variant_revision_and_wiring(place, hub, tmp_path):
     tiny_home(place)
     Released("amphion/metis@v1.2@lora").require("se")
     assert ("amphion/metis", "metis_se/metis_se_lora_32.safetensors", "v1.2") in hub.asked
-    odd = Released(shutil.copytree(folder, tmp_path / "at@home"))  # a folder's own name stays as it is
-    assert odd.preferred is None and odd.find("base")
+    odd = shutil.copytree(folder, tmp_path / "at@home" / "metis")  # a folder's own name stays as it is
+    assert Released(odd).preferred is None and Released(f"{odd}@lora").preferred == "lora"
+    for wrong in ("@lroa", "@lora@full", "@", "@lora@"):
+        with pytest.raises(MetisError, match="behind the name may stand"):
+            Released(folder + wrong)
+    for wrong in ("amphion/metis@v1@v2", "amphion/metis@"):
+        with pytest.raises(MetisError, match="behind the name may stand"):
+            Released(wrong)
+    with pytest.raises(MetisError, match="holds none"):
+        Released(f"{SHIPPED / 'nano'}@lora")
+    assert Released(f"{folder}@lora").tasks == ("vc", "tse", "se")
+    assert Released("amphion/metis@v1.2").find("base") is None  # nobody knows which one lies in released/
+
+
+def test_bare_names_with_marks(place, monkeypatch):
+    monkeypatch.chdir(place[0].parent)
+    assert not own_system("metis@lora") and Released("metis@lora").name == "metis@lora"
+    with pytest.raises(MetisError, match="unknown model 'nowhere@lora'"):
+        Released("nowhere@lora")
 
 
 def test_variants_are_rows_of_an_evaluation(place, tmp_path, monkeypatch):
@@ -580,6 +597,11 @@ def test_variants_are_rows_of_an_evaluation(place, tmp_path, monkeypatch):
     assert [clip.system for clip in clips] == ["metis@lora", "metis@full", "metis@released"]
     sounds = [clip.path.read_bytes() for clip in clips]
     assert len(set(sounds)) == 3 and maker.metis(names[2]).compat == "released" != maker.metis(names[0]).compat
+    assert systems.systems_of("vc", names[0]) == ["source", "resynthesis", names[0]]  # no Omni, it has one variant
+    assert f"{names[1]}-omni" in systems.systems_of("se", names[1]) and names[0] not in systems.systems_of(
+        "tts", names[0]
+    )
+    assert systems.label("amphion/metis@refs/pr/9-omni") == "metis@refs-pr-9-omni"
     kinds = [record.checkpoint_hashes(name)["variants"]["se"] for name in names]
     assert kinds == ["lora", "full", "lora"] and "tts" not in record.checkpoint_hashes(names[0])["variants"]
 

@@ -527,3 +527,16 @@ def test_a_page_of_very_many_clips_points_to_them(tmp_path: Path, monkeypatch: A
     sources = re.findall(r"<audio controls preload='none' src='([^']+)'", pages[1])
     assert len(sources) == 24 and "data:audio" not in pages[1]
     assert all((run / source).resolve().is_file() for source in sources)
+
+
+@pytest.mark.parametrize("value", [
+    {}, [], "ä\u2028\"", 3, None, {"a": {}}, [[], [1, [2, {"b": ()}]], "x" * 300], {"k" * 200: [{"n": 1.5}] * 40},
+    {True: [1], None: [[2]], 3: {"z": [[0.1] * 90]}}, {"a": ({"b": [1]},) * 30},
+])  # fmt: skip
+def test_json_in_lines_is_the_same_json(tmp_path: Path, value: object) -> None:
+    record.write_json(tmp_path / "one.json", value)
+    text = (tmp_path / "one.json").read_text(encoding="utf-8")
+    assert json.loads(text) == json.loads(json.dumps(value)) and text.endswith("\n")
+    with pytest.raises(ValueError):
+        record.write_json(tmp_path / "bad.json", {"a": [{"b": float("nan")}]})
+    assert not (tmp_path / "bad.json").exists()

@@ -459,19 +459,21 @@ def test_held_out_recordings_serve_every_task_that_they_can_try(held_out: Path) 
     folder = held_out.parent / "testset"
     rows = read_jsonl(folder / "manifest.jsonl")
     ids = {task: {r["id"] for r in rows if r["task"] == task} for task in made["items"]}
-    named = {"a/0", "a/1", "b/2", "b/3", "c/4"}
+    named = {"a-0", "a-1", "b-2", "b-3", "c-4"}
     assert made["recordings"] == 8 and {task: len(some) for task, some in ids.items()} == made["items"]
-    assert ids["se"] == named | {"a/7", "unknown/5", "unknown/6"}  # no text is needed
-    assert ids["codec"] == named | {"unknown/5", "unknown/6"} and ids["vc"] == named
-    assert ids["tse"] == named - {"c/4"}  # it needs another utterance of the voice
-    assert ids["tts"] <= {"a/0", "a/1", "b/2", "b/3"} and len(ids["tts"]) >= 3 and ids["l2s"] == {"b/3"}
+    assert ids["se"] == named | {"a-7", "unknown-5", "unknown-6"}  # no text is needed
+    assert ids["codec"] == named | {"unknown-5", "unknown-6"} and ids["vc"] == named
+    assert ids["tse"] == named - {"c-4"}  # it needs another utterance of the voice
+    assert ids["tts"] == {"a-0", "a-1", "b-2", "b-3"} and ids["l2s"] == {"b-3"}  # the prompt is one with a text
+    assert [r["speaker"] for r in rows if r["task"] == "se"][:4] == ["a", "b", "c", "unknown"]  # a part has all voices
     for task in ids:
         for item in load_items(folder, task):
             assert item.language == "de"
-            voice = [p.relative_to(folder).parts[0] for p in (item.prompt,) if p and task != "codec"]
-            assert voice == [] or (voice != [item.speaker] if task == "vc" else voice == [item.speaker])
+            voice = item.prompt.stem.split("-")[0] if item.prompt else None
+            assert voice is None or (voice != item.speaker if task == "vc" else voice == item.speaker)
+            assert item.speaker != "unknown" or not item.prompt
     spans = {r["id"]: len(read(folder / r["clean"])) for r in rows if r["task"] == "codec"}
-    assert spans["b/2"] == round(1.5 * AUDIO_RATE)  # the span alone
+    assert spans["b-2"] == round(1.5 * AUDIO_RATE)  # the span alone
     for row in (r for r in rows if r["task"] == "tse"):
         both, target = read(folder / row["noisy"]), read(folder / row["clean"])
         assert len(both) == len(target) and np.abs(both - target).max() > 0.01
@@ -499,6 +501,90 @@ def test_held_out_noise_is_used_where_there_is_some(held_out: Path) -> None:
         assert any("hum" in str(r["done"]) for r in rows if r["task"] == "se") == used
 
 
+def test_no_recording_is_lost_and_no_file_stands_for_two(held_out: Path, tmp_path: Path) -> None:
+    wavs = [tmp_path / f"{n}.flac" for n in range(3)]
+    for n, wav in enumerate(wavs):
+        soundfile.write(wav, np.random.default_rng(n).standard_normal(2 * AUDIO_RATE) * 0.1, AUDIO_RATE)
+    given = json.loads(held_out.read_text().splitlines()[0]) | {"duration": 2.0}
+    ids = [str(wavs[0].with_suffix("")), "x", "noisy/x", "../1", "x" * 300, "a\0b", "a b", "a-b"]
+    rows = [given | {"id": id, "path": str(wavs[n % 3])} for n, id in enumerate(ids)]
+    write_jsonl(tmp_path / "manifest.jsonl", rows)
+    before = [wav.read_bytes() for wav in wavs]
+    made = testsets.of_recordings(tmp_path / "manifest.jsonl", each=9)
+    assert [wav.read_bytes() for wav in wavs] == before and made["items"]["se"] == 8
+    rows = [r for r in read_jsonl(tmp_path / "testset" / "manifest.jsonl") if r["task"] == "se"]
+    assert len({r["id"] for r in rows}) == len({r["clean"] for r in rows}) == len({r["noisy"] for r in rows}) == 8
+    for name in (tmp_path, tmp_path / "0.flac"):
+        with pytest.raises(MetisError, match="something else than a test set"):
+            testsets.of_recordings(tmp_path / "manifest.jsonl", name)
+
+
+def test_an_older_testset_stays_where_a_new_one_fails(held_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    testsets.of_recordings(held_out)
+    folder = held_out.parent / "testset"
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with monkeypatch.context() as patched, pytest.raises(MetisError, match="broken"):
+        degrade, done = testsets.degrade, []
+
+        def break_later(*args, **more):
+            done.append(1)
+            if len(done) == 4:
+                raise MetisError("broken")
+            return degrade(*args, **more)
+
+        patched.setattr(testsets, "degrade", break_later)
+        testsets.of_recordings(held_out, seed=7)
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert not list(held_out.parent.glob(".*part"))
+    assert testsets.of_recordings(held_out, each=1)["recordings"] == 4
+    assert len(list(folder.rglob("*.flac"))) < len(before) - 1  # nothing of the old one is left
+
+
+def test_prompts_are_not_longer_than_what_is_heard(held_out: Path) -> None:
+    rows = read_jsonl(held_out)
+    long = np.random.default_rng(0).standard_normal(24 * AUDIO_RATE) * 0.1
+    soundfile.write(held_out.parent / "long.flac", long, AUDIO_RATE)
+    rows[1] |= {"path": "long.flac", "duration": 24.0}  # of the voice a
+    soundfile.write(held_out.parent / "longer.flac", np.tile(long, 2), AUDIO_RATE)
+    rows[4] |= {"path": "longer.flac", "duration": 48.0}
+    write_jsonl(held_out, rows)
+    made = testsets.of_recordings(held_out)
+    found = read_jsonl(held_out.parent / "testset" / "manifest.jsonl")
+    assert made["left_out"] == 1 and made["items"]["tts"] == 3 and "a-1" in {r["id"] for r in found}
+    prompts = {r["prompt"] for r in found if "prompt" in r}
+    assert prompts and not any("a-1" in name for name in prompts)
+
+
+@pytest.mark.parametrize("broken", ["no split", "missing", "no json", "stereo", "rooms"])
+def test_broken_noise_and_rooms_are_named(held_out: Path, broken: str) -> None:
+    folder = held_out.parent
+    soundfile.write(folder / "hum.flac", np.zeros((AUDIO_RATE, 2)) + 0.1, AUDIO_RATE)
+    row = {"id": "hum", "path": "gone.flac" if broken == "missing" else "hum.flac", "split": "test"}
+    write_jsonl(folder / "noise.jsonl", [row])
+    if broken == "no json":
+        (folder / "noise.jsonl").write_text('{"id": "hum"\n')
+    elif broken == "no split":
+        write_jsonl(folder / "noise.jsonl", [{"id": "hum", "path": "hum.flac"}])
+        assert testsets.of_recordings(held_out)["recordings"] == 8  # none is held out
+        return
+    elif broken == "rooms":
+        (folder / "noise.jsonl").unlink()
+        (folder / "rirs.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(MetisError, match="rirs" if broken == "rooms" else "noise.jsonl|24 kHz"):
+        testsets.of_recordings(held_out)
+
+
+def test_a_testset_is_no_recordings_to_train_with(held_out: Path) -> None:
+    from metis_lib.data.importers import folder_entries
+
+    folder = held_out.parent / "recordings"
+    (folder / "a").mkdir(parents=True)
+    shutil.copy(next(HUMAN.glob("*.flac")), folder / "a" / "one.flac")
+    testsets.of_recordings(held_out, folder / "testset")
+    assert [Path(entry["path"]).name for entry in folder_entries(folder)] == ["one.flac"]
+    assert len(list(folder_entries(folder / "testset"))) > 1  # where that is what is asked for
+
+
 def test_own_testsets_by_the_command(held_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = str(held_out)
     assert cli.main(["prepare", "testset", manifest, "--each", "2"]) == 0
@@ -506,6 +592,7 @@ def test_own_testsets_by_the_command(held_out: Path, capsys: pytest.CaptureFixtu
     for extra, said in (
         (["--split", "validation"], "has 0 recordings of the split 'validation'"), (["--each", "0"], "at least one"),
         (["--root", "x"], "for public test sets"), (["--out", str(held_out.parent)], "another folder"),
+        (["--seed", "-1"], "not negative"),
     ):  # fmt: skip
         assert cli.main(["prepare", "testset", manifest, *extra]) == 2
         assert said in capsys.readouterr().err

@@ -1361,6 +1361,40 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     assert card["mode"] == "lora" and len(card["earlier"]) == 1
 
 
+def test_finetuning_writes_the_best_weights_or_the_last_ones(workshop, tmp_path, monkeypatch):
+    from metis_lib.training import generative
+
+    manifest, system = workshop
+    shutil.copytree(system, tmp_path / "system")
+    for part in ("stage2_layer1", "stage2_full"):
+        recipes.train(make_job(part, tmp_path / "system", manifest, steps=1))
+    held = []
+
+    def validate(self):
+        weights = {key: p.detach().clone() for key, p in self.model.named_parameters() if p.requires_grad}
+        held.append(weights)
+        return {"cross_entropy": [3.0, 1.0, 2.0, 4.0][len(held) - 1]}
+
+    monkeypatch.setattr(generative.Stage1Training, "validate", validate)
+    settings = recipes.settings_for("se", "debug", steps=40, validate_every=5000)  # as the paper's: every 10 here
+    for keep, number in (("best", 1), ("last", 0)):
+        held.clear()
+        out = tmp_path / keep
+        scores = recipes.finetune("se", manifest, out, base=tmp_path / "system", rank=4, settings=settings, keep=keep)
+        assert len(held) == (4 if keep == "best" else 1) and scores["finished"] and scores["steps"] == 40
+        card, state = json.loads((out / "tasks/se/config.json").read_text())["card"], load_state(out / "tasks/se")
+        assert card["scores"].get("best_step") == (20 if keep == "best" else None)
+        assert card["scores"]["cross_entropy"] == (1.0 if keep == "best" else 3.0)
+        changed = [key for key in held[number] if ".lora_B" in key]
+        assert changed
+        for key in changed:
+            assert torch.equal(held[number][key].bfloat16(), state[f"model.{key}"].bfloat16()), key
+        if keep == "best":
+            assert any(not torch.equal(held[3][key].bfloat16(), state[f"model.{key}"].bfloat16()) for key in changed)
+    with pytest.raises(MetisError, match="keep the 'best' or the 'last'"):
+        recipes.finetune("se", manifest, tmp_path / "x", base=tmp_path / "system", keep="first")
+
+
 def test_codebooks_are_fitted_after_the_step_that_is_asked_for(job_of, monkeypatch):
     sizes = preset("debug")
     acoustic = replace(sizes.acoustic, codebook_search="distance", codebook_dim=sizes.acoustic.latent_dim)

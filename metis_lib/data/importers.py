@@ -83,11 +83,21 @@ def id_of(place: Path) -> str:
     return re.sub(r"[^\w-]+", "-", name)
 
 
+def is_testset(folder: Path) -> bool:
+    """Whether a folder holds a test set: a ``manifest.jsonl`` whose rows name a task."""
+    try:
+        with open(folder / "manifest.jsonl", encoding="utf-8") as stream:
+            return "task" in json.loads(stream.readline())
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def folder_entries(folder: Path) -> Iterator[Entry]:
     """Recordings below ``folder`` with their transcripts; who speaks is the name of the folder they lie in."""
     texts = _transcripts(folder)
+    testsets = {path.parent for path in folder.rglob("*/manifest.jsonl") if is_testset(path.parent)}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in AUDIO or path.name.startswith("."):
+        if path.suffix.lower() not in AUDIO or path.name.startswith(".") or testsets.intersection(path.parents):
             continue
         beside = (path.with_suffix(s) for s in (".normalized.txt", ".txt", ".lab"))
         text = next((p.read_text(encoding="utf-8-sig", errors="replace") for p in beside if p.is_file()), None)

@@ -120,17 +120,15 @@ class Noises:
             seed: which ones.
 
         Raises:
-            MetisError: the corpus is not there.
+            MetisError: the corpus is not there, or its noise is not as ``metis prepare corpus noise`` makes it.
         """
-        import soundfile
-
         from metis_lib.data.store import read_jsonl, read_manifest, read_span
 
         corpus = Path(corpus)
-        listed = [r for r in read_jsonl(corpus / "noise.jsonl") if r["split"] == split]
+        listed = [r for r in read_jsonl(corpus / "noise.jsonl") if r.get("split") == split]
         if not listed:
             raise MetisError(f"{corpus}: no noise for {split!r}; run `metis prepare nano` first")
-        ambient = [Recording(r["id"], soundfile.read(corpus / r["path"], dtype="int16")[0]) for r in listed]
+        ambient = [_noise(corpus, r) for r in listed]
         rows = [r for r in read_manifest(manifest or corpus / "manifest.jsonl") if r.split == split and r.duration >= 2]
         talk: list[Recording] = []
         for row in (rows[i] for i in np.random.default_rng(seed).permutation(len(rows))):
@@ -139,6 +137,19 @@ class Noises:
             with suppress(MetisError):  # gone since, or silent
                 talk.append(Recording(row.speaker, (read_span(row).numpy() * 32767).round().astype(np.int16)))
         return cls(ambient, talk)
+
+
+def _noise(corpus: Path, row: dict[str, Any]) -> Recording:
+    import soundfile
+
+    try:
+        wav, rate = soundfile.read(corpus / row["path"], dtype="int16")
+        id = row["id"]
+    except (KeyError, TypeError, OSError, RuntimeError) as error:
+        raise MetisError(f"{corpus / 'noise.jsonl'}: {row.get('path') or row} cannot be used ({error})") from error
+    if wav.ndim != 1 or rate != AUDIO_RATE or not len(wav):
+        raise MetisError(f"{corpus / row['path']}: noise is one channel at 24 kHz; metis prepare corpus noise makes it")
+    return Recording(id, wav)
 
 
 @dataclass(frozen=True)
@@ -155,14 +166,18 @@ class Rooms:
         """``rirs.safetensors`` of the corpus (24 kHz).
 
         Raises:
-            MetisError: the file is not there.
+            MetisError: the file is not there, or holds something else.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         path = Path(corpus) / "rirs.safetensors"
         if not path.is_file():
             raise MetisError(f"{path}: no room impulse responses; run `metis prepare nano` first")
-        return cls(**load_file(path))
+        try:
+            return cls(**load_file(path))
+        except (SafetensorError, OSError, TypeError) as error:
+            raise MetisError(f"{path} is damaged or holds no rooms ({error}); metis prepare corpus rirs") from error
 
     @classmethod
     def stack(cls, rooms: Sequence[tuple[np.ndarray, int, float]]) -> Rooms:

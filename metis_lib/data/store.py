@@ -113,7 +113,9 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) ->
     """
     path = Path(path)
     if not path.is_file():
-        raise MetisError(f"{path}: no such manifest; make the nano corpus by `metis prepare nano`")
+        raise MetisError(
+            f"{path}: no such manifest; `metis prepare manifest` makes one, of the nano corpus `metis prepare nano`"
+        )
     rows: list[Row] = []
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
@@ -162,11 +164,17 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Decoded lines of a JSONL file; a last line cut short by a crash is left out; [] if no file."""
+    """Decoded lines of a JSONL file; a last line cut short by a crash is left out; [] if no file.
+
+    MetisError: a line that is no JSON.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line.strip()]
+    except ValueError as error:
+        raise MetisError(f"{path}: not lines of JSON ({error})") from error
 
 
 def write_manifest(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:

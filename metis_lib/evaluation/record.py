@@ -40,7 +40,7 @@ def _lines(value: Any, depth: int = 0) -> str:
     if depth + len(flat) <= 240 or not any(part and isinstance(part, dict | list | tuple) for part in parts):
         return flat
     ends, inner = ("{}", "[]")[not isinstance(value, dict)], "\n" + " " * (depth + 1)
-    names = [json.dumps(str(key), ensure_ascii=False) + ": " for key in value] if isinstance(value, dict) else []
+    names = [json.dumps({key: 0}, ensure_ascii=False)[1:-2] for key in value] if isinstance(value, dict) else []
     lines = (name + _lines(part, depth + 1) for name, part in zip(names or [""] * len(value), parts, strict=True))
     return f"{ends[0]}{inner}{f',{inner}'.join(lines)}\n{' ' * depth}{ends[1]}"
 
@@ -122,8 +122,9 @@ def _released_hashes(where: str) -> dict[str, Any]:
     if place.on_hub:
         revisions = set()
         for file in FILES.values():
-            repo = place.name if file.repo == "amphion/metis" else file.repo
-            for revision in (place.revision, file.revision or None):
+            own = file.repo == "amphion/metis"
+            repo, pinned = (place.repo, place.revision) if own else (file.repo, None)
+            for revision in {pinned, pinned or file.revision or None}:
                 with contextlib.suppress(ValueError):  # no name that a hub could have
                     kept = try_to_load_from_cache(repo, file.path, revision=revision)
                     if isinstance(kept, str):

@@ -19,6 +19,7 @@ import torch
 from metis_lib import audio, bulk
 from metis_lib.assets import metis_home
 from metis_lib.config import AUDIO_RATE
+from metis_lib.data.store import UNKNOWN
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import NSNet2
@@ -144,7 +145,7 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         others = [speaker for speaker in speakers if speaker not in (row["speaker"], row.get("target_speaker"))]
         after = next((speaker for speaker in others if speaker > row["speaker"]), others[0] if others else None)
         row["other"] = voices[after] if after else None
-        if task == "codec" and not row.get("prompt"):  # stage 2 asks for a voice
+        if task == "codec" and not row.get("prompt") and row["speaker"] != UNKNOWN:  # stage 2 asks for a voice
             row["prompt"] = next((name for name in known_voices[row["speaker"]] if name != row["clean"]), None)
         row |= {key: (folder / row[key]).resolve() for key in PLACES if row.get(key)}
         for path in row.values():
@@ -276,9 +277,10 @@ def split_name(system: str) -> tuple[str, str]:
 
 
 def label(system: str) -> str:
-    """How a row is called: of a checkpoint's path only the last part."""
+    """How a row is called: of a checkpoint's path only the last part, with what stands behind an ``@``."""
     checkpoint, ending = split_name(system)
-    return f"{Path(checkpoint).name}{ending}"
+    place, *marks = [checkpoint] if Path(checkpoint).is_dir() else checkpoint.split("@")
+    return "@".join([Path(place).name, *(mark.replace("/", "-") for mark in marks)]) + ending
 
 
 def checkpoints_of(task: str, systems: Sequence[str]) -> list[str]:
@@ -308,8 +310,15 @@ def tasks_of(checkpoint: str) -> set[str]:
     from metis_lib.checkpoints import own_system
     from metis_lib.stores import Folder
 
-    if checkpoint == "debug" or checkpoint.startswith("random-") or not own_system(checkpoint):
-        return {*TASKS, "omni"}
+    known = {*TASKS, "omni"}
+    if checkpoint == "debug" or checkpoint.startswith("random-"):
+        return known
+    if not own_system(checkpoint):
+        from metis_lib.released import Released
+        from metis_lib.released_files import variants
+
+        kind = Released(checkpoint).preferred
+        return {task for task in known if kind is None or kind in variants(like(task))}
     return set(Folder(checkpoint).tasks)
 
 

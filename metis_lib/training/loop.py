@@ -393,9 +393,9 @@ def fit(
     first = progress["step"]
     if fabric.is_global_zero:
         now = json.loads(json.dumps({**asdict(settings), "processes": fabric.world_size}))
-        old = (
-            json.loads((folder / "settings.json").read_text()) if rest and (folder / "settings.json").is_file() else now
-        )
+        old = now
+        if rest and (folder / "settings.json").is_file():  # of an older run, without what came later
+            old = asdict(TrainSettings()) | json.loads((folder / "settings.json").read_text())
         changed = [f"{key} {old.get(key)} -> {value}" for key, value in now.items() if old.get(key) != value]
         if changed:
             say(f"goes on with other settings: {', '.join(changed)}")
@@ -487,7 +487,7 @@ def fit(
                 line |= {"frames": progress["frames"], "skipped": progress["skipped"]}
                 totals, counted, samples = {}, {}, None
                 if checked:
-                    scores, samples = _validated(fabric, objective, module, average)
+                    scores, samples = _validated(fabric, objective, module, average, last or not settings.best)
                     line["validation"] = scores
                     if settings.best and settings.best not in scores:
                         known = ", ".join(scores) or "nothing"
@@ -531,12 +531,12 @@ def fit(
 
 
 def _validated(
-    fabric: Any, objective: Objective, module: nn.Module, average: Average | None
+    fabric: Any, objective: Objective, module: nn.Module, average: Average | None, audible: bool
 ) -> tuple[dict[str, float], Any]:
     module.eval()
     with torch.no_grad(), fabric.autocast(), average.in_place() if average else nullcontext():
         scores = {key: round(float(value), 5) for key, value in objective.validate().items()}
-        samples = objective.samples() if fabric.is_global_zero else {}
+        samples = objective.samples() if fabric.is_global_zero and audible else {}
     module.train()
     return scores, samples
 

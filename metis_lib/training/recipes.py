@@ -588,8 +588,8 @@ def finetune(
         base: ``nano``, or the folder of a system, which stays as it is.
         mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
         settings: by default the preset's that is nearest in size.
-        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (validated twenty times
-            unless the settings say how often), or the ``last`` ones.
+        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (which are heard at least
+            every twentieth of the steps, or every ten), or the ``last`` ones.
         more: of :func:`train`: budget, resume, device, strategy.
 
     Returns:
@@ -629,7 +629,8 @@ def finetune(
         options |= {"audio": False, "passes": int(name == "omni")}
     settings = settings or settings_for(name, scale)
     if keep == "best":
-        every = settings.validate_every or max(1, settings.steps // 20)
+        often = max(10, settings.steps // 20)
+        every = min(settings.validate_every or often, often)
         settings = dataclasses.replace(settings, best="cross_entropy", validate_every=every)
     known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)

@@ -622,7 +622,7 @@ class Training(Command):
     compile: bool = False
     """torch.compile the nets."""
     validate_every: int | None = None
-    """Steps between validations; 0: at the end. With --keep best a twentieth of the steps, or ten."""
+    """Steps between validations; 0: at the end. With --keep best by default a twentieth of them, or ten."""
     seed: int = 0
     """Of everything random."""
     workers: int = 0

@@ -121,7 +121,7 @@ def test_the_cosine_over_a_budgets_time(tmp_path, monkeypatch):
 
 
 class Drifting(loop.Objective):
-    """Training pulls a number towards 1; held-out data likes 0.5 best, and the codes of ``told`` are what it was."""
+    """Training pulls a number towards 1; held-out data likes 0.5 best; ``told`` is what it was at each validation."""
 
     def __init__(self):
         super().__init__()
@@ -1376,7 +1376,7 @@ def test_finetuning_writes_the_best_weights_or_the_last_ones(workshop, tmp_path,
         return {"cross_entropy": [3.0, 1.0, 2.0, 4.0][len(held) - 1]}
 
     monkeypatch.setattr(generative.Stage1Training, "validate", validate)
-    settings = recipes.settings_for("se", "debug", steps=40, validate_every=5000)  # as the paper's: every 10 here
+    settings = recipes.settings_for("se", "debug", steps=40)  # every 10 steps, as the preset does not say how often
     for keep, number in (("best", 1), ("last", 0)):
         held.clear()
         out = tmp_path / keep
@@ -1391,6 +1391,10 @@ def test_finetuning_writes_the_best_weights_or_the_last_ones(workshop, tmp_path,
             assert torch.equal(held[number][key].bfloat16(), state[f"model.{key}"].bfloat16()), key
         if keep == "best":
             assert any(not torch.equal(held[3][key].bfloat16(), state[f"model.{key}"].bfloat16()) for key in changed)
+    held.clear()
+    asked = replace(settings, validate_every=20)
+    recipes.finetune("se", manifest, tmp_path / "asked", base=tmp_path / "system", rank=4, settings=asked)
+    assert len(held) == 2
     with pytest.raises(MetisError, match="keep the 'best' or the 'last'"):
         recipes.finetune("se", manifest, tmp_path / "x", base=tmp_path / "system", keep="first")
 

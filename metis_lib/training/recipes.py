@@ -588,8 +588,9 @@ def finetune(
         base: ``nano``, or the folder of a system, which stays as it is.
         mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
         settings: by default the preset's that is nearest in size.
-        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (which are heard at least
-            every twentieth of the steps, or every ten), or the ``last`` ones.
+        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (which are heard every
+            twentieth of the steps, or every ten, unless the settings have another number than the preset), or the
+            ``last`` ones.
         more: of :func:`train`: budget, resume, device, strategy.
 
     Returns:
@@ -629,8 +630,8 @@ def finetune(
         options |= {"audio": False, "passes": int(name == "omni")}
     settings = settings or settings_for(name, scale)
     if keep == "best":
-        often = max(10, settings.steps // 20)
-        every = min(settings.validate_every or often, often)
+        often, usual = max(10, settings.steps // 20), settings_for(name, scale).validate_every
+        every = min(usual or often, often) if settings.validate_every in (0, usual) else settings.validate_every
         settings = dataclasses.replace(settings, best="cross_entropy", validate_every=every)
     known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)

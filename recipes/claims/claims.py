@@ -118,8 +118,7 @@ def all_claims(lab: Lab) -> list[Claim]:
         for task, table in (("tse", 3), ("se", 4))
     ]  # fmt: skip
     for task, table, rank in (("tts", 1, 32), ("tse", 3, 32), ("vc", 2, 16), ("se", 4, 32)):
-        given = tuned if task == "tts" else at_length  # nobody has trained it longer with LoRA
-        lora, full = replace(given[task], rank=rank), given[task]
+        lora, full = replace(at_length[task], rank=rank), at_length[task]
         if task in ("tts", "tse"):
             text, sides = f"In {names[task]} full fine-tuning is better than LoRA of rank {rank}.", (lora, full)
         elif task == "vc":

@@ -568,6 +568,7 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
 
     from metis_lib import notebook
     from metis_lib.data.store import write_text
+    from metis_lib.evaluation.record import write_figure
 
     notebook.style()
     path = folder / f"{name}.json"
@@ -591,7 +592,7 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
         axis.set(xlabel="utterances together", ylabel="seconds of speech a second", xscale="log", ylim=(0, None))
         axis.set_xticks(list(rates), [str(n) for n in rates])
         axis.minorticks_off()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
+    write_figure(path.with_suffix(".png"), figure)
     plt.close(figure)
     return path
 

@@ -33,6 +33,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, _lines(value) + "\n")
 
 
+def write_figure(path: Path, figure: Any, dpi: int = 110) -> None:
+    """Save a plot as a PNG of 128 colours: a third of the bytes, and nobody sees a difference."""
+    import io
+
+    from PIL import Image  # what matplotlib writes pictures with
+
+    full, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(full, format="png", dpi=dpi)
+    flat = Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE)
+    flat.save(small, "PNG", optimize=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(small.getvalue())
+    part.replace(path)
+
+
 def _lines(value: Any, depth: int = 0) -> str:
     """A JSON value at a depth of nesting; half the size of an indent for every number, and as easy to compare."""
     flat = json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -237,7 +237,7 @@ def _write(folder: Path, rows: list[dict[str, Any]], results: Results, about: Ma
     record.write_json(folder / "decode.json", results["decode"])
     record.write_json(folder / "run.json", about)
     record.write_json(folder / "claims.json", rows)
-    forest(rows).savefig(folder / "claims.png", dpi=110)
+    record.write_figure(folder / "claims.png", forest(rows))
 
 
 def check(rows: Sequence[dict[str, Any]], lab: Lab) -> None:

@@ -82,8 +82,8 @@ class Generate(Command):
     """Of the first step; it falls to zero."""
     top_k: int | None = None
     """Tokens that may be drawn."""
-    schedule: Literal["cosine", "linear", "square", "cubic", "sqrt"] | None = None
-    """How many tokens stay masked."""
+    schedule: str | None = None
+    """How many tokens stay masked: cosine, linear, square, cubic, sqrt (metis_lib/models/masked.py, SCHEDULES)."""
     stage2_steps: tuple[int, ...] = ()
     """Decoding steps of the acoustic layers, 1 for those that are not named."""
     candidates: int | None = None
@@ -348,6 +348,8 @@ class Testset(Command):
             )
             counts = ", ".join(f"{n} of {task}" for task, n in own["items"].items())
             short = f" ({own['left_out']} left out: below 1 or above 30 s)" if own["left_out"] else ""
+            for lack in own["lacks"]:
+                _say(lack)
             return Answer(f"{own['recordings']} recordings{short}, {counts}: {own['testset']}", own)
         if (self.split, self.each) != ("test", 5):
             raise MetisError(f"--split and --each are for the manifest of your own recordings, not for {self.name!r}")
@@ -473,7 +475,8 @@ class Evaluate(Command):
     systems: tuple[str, ...] = ()
     """Rows of the tables, other checkpoints among them; each task takes those that it knows, all if none is named."""
     testsets: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--testset",))] = ("human",)
-    """Folders with manifest.jsonl, or names under eval/testsets; of several, each gets a folder of its own in out."""
+    """Folders with manifest.jsonl, or names under eval/testsets or $METIS_HOME/testsets; of several, each gets a folder
+    of its own in out."""
     out: Path = Path("results/evaluation")
     """Folder of the run."""
     seeds: tuple[int, ...] = (0,)
@@ -689,7 +692,10 @@ class TrainPart(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Training):
-    """Adapt a system to a task with your own recordings; the result is a system of its own."""
+    """Adapt a system to a task with your own recordings; the result is a system of its own.
+
+    Without --steps those of the preset, or fewer where they would read the recordings more than 30 times.
+    """
 
     task: str
     """What it shall learn: tts, vc, tse, se, l2s, omni, or a task of your own (docs/new_task.md)."""
@@ -719,8 +725,9 @@ class FineTune(Training):
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"
         scores = finetune(
             self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
-            settings=self._settings(self.task, like), keep=self.keep, budget=self.budget, resume=not self.fresh,
-            device=self.device, strategy=self.strategy, say=_say,
+            settings=self._settings(self.task, like), shorten=self.steps is None, validate_every=self.validate_every,
+            keep=self.keep, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy,
+            say=_say,
         )  # fmt: skip
         return _trained(self.task, self.out, scores)
 

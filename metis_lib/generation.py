@@ -68,6 +68,7 @@ class Request:
     carry: tuple[Tensor, Tensor] | None = None
     skip: int = 0
     said: int = 0
+    clear: bool = False
 
     @property
     def prompt_frames(self) -> int:
@@ -90,7 +91,8 @@ class Options:
         stage2_steps: decoding steps of each acoustic layer.
         released: the wiring of the released code (docs/paper_system.md lists the differences).
         batch_frames: padded frames of a batch.
-        candidates: draws of the SSL tokens of a text, of which the system keeps the one that it understands best.
+        candidates: draws of the SSL tokens; of a text the system keeps the one that it understands best, in conversion
+            it joins those that say what the source says.
         stage2_candidates: draws of the acoustic codes, which it joins of what it understands best.
     """
 
@@ -175,7 +177,7 @@ def batches(requests: Sequence[Request], frames: int) -> list[list[int]]:
     """Requests by number, such that those of a batch are alike and hold at most ``frames`` frames with padding."""
     kinds: dict[Any, list[int]] = {}
     for i, r in enumerate(requests):
-        kind = (r.phones is None, r.hint is None, r.condition is None, r.voice is None)
+        kind = (r.phones is None, r.hint is None, r.condition is None, r.voice is None, r.clear)
         kinds.setdefault(kind, []).append(i)
     found = []
     for members in kinds.values():
@@ -215,7 +217,7 @@ def run(
     """
     device = layer1.cond_emb.weight.device
     with_hint = requests[0].hint is not None and stage1.config.text_hint != "none"
-    count = options.candidates if requests[0].phones is not None else 1
+    count = options.candidates if requests[0].phones is not None or requests[0].clear else 1
     draws = [draw for r in requests for draw in _draws(r, count)]  # those of a request one after the other
     cuts = [r.prompt_frames for r in draws]
     lengths = torch.tensor([r.frames for r in draws], device=device)
@@ -237,12 +239,17 @@ def run(
         settings=options.stage1, generator=_noise_of(draws, options), noise=noise, return_iterations=True, **more,
     )  # fmt: skip
     assert isinstance(trace, MaskedTrace)
-    kept = [count * i for i in range(len(requests))]  # the draw that each request keeps
+    kept = [count * i for i in range(len(requests))]  # the draw that each request keeps, or that others are joined to
+    tokens = []
     for i, r in enumerate(requests):
+        found = [trace.tokens[count * i + draw, : r.frames] for draw in range(count)]
+        best = found[0]
         if count > 1 and listener is not None and r.phones is not None:
-            found = [trace.tokens[count * i + draw, : r.frames] for draw in range(count)]
-            kept[i] += listener.closest(found, r.phones[r.said :])
-    tokens = [trace.tokens[k, r.skip : r.frames] for k, r in zip(kept, requests, strict=True)]
+            kept[i] += (nearest := listener.closest(found, r.phones[r.said :]))
+            best = found[nearest]
+        elif count > 1 and listener is not None and r.condition is not None:
+            best = listener.likest(r.condition[r.prompt_frames :], found)
+        tokens.append(best[r.skip :])
     spoken = decode(layer1, full, requests, tokens, options, noise=noise, listener=listener)
     return [
         Made(said, codes, {"ssl": trace.item(k, r.frames), "acoustic": traces})

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+ROOT = Path(__file__).resolve().parents[1]
+if (ROOT / "recipes").is_dir() and str(ROOT) not in sys.path:  # kernels start in the folder of their notebook
+    sys.path.append(str(ROOT))
+
 COLOURS = "cividis"
 MAX_PLAYER_SECONDS = 30.0
 T = TypeVar("T")

@@ -507,8 +507,9 @@ class Metis:
                 [a trace a layer]}``.
             options: ``steps``, ``cfg``, ``rescale``, ``temperature``, ``choice_temperature``, ``top_fraction`` or
                 ``top_k``, ``schedule`` of stage 1; the same with ``stage2_`` in front (``stage2_steps``: one number a
-                layer, 1 for the rest); ``candidates`` (draws of the tokens of a text) and ``stage2_candidates`` (draws
-                of the acoustic codes), of which the system keeps what it understands best; ``batch_frames``.
+                layer, 1 for the rest); ``candidates`` (draws of the SSL tokens, of text-to-speech and conversion) and
+                ``stage2_candidates`` (draws of the acoustic codes), of which the system keeps what it understands
+                best; ``batch_frames``.
 
         Returns:
             A list of 24 kHz :class:`Speech`.
@@ -597,11 +598,11 @@ class Metis:
             raise MetisError("the recording is too short for one token")
         self._held(info["by"])
         if len(wav) > self.limits.whole * AUDIO_RATE and not self.compat and texts is None:
-            return Job([], len(wav), info, self._windows(wav_16k, voice, generator, info["by"]))
+            return Job([], len(wav), info, self._windows(wav_16k, voice, generator, info))
         condition, frames = self._condition(wav_16k, voice, info["by"])
         start = 0 if voice is None else len(voice.tokens)
         more = {} if texts is None else self._texts(*texts, start, frames, info["by"])
-        request = Request(frames, generator, voice, condition, **more)
+        request = Request(frames, generator, voice, condition, clear=like(info["task"]) == "vc", **more)
         return Job([request], None if self.compat else len(wav), info)
 
     def _condition(self, wav_16k: Tensor, voice: Voice | None, model: str) -> tuple[Tensor, int]:
@@ -614,7 +615,7 @@ class Metis:
         return condition, len(condition) - start
 
     def _windows(
-        self, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator, model: str
+        self, wav_16k: Tensor, voice: Voice | None, generator: torch.Generator, info: dict[str, Any]
     ) -> Generator[tuple[Request, int], Made | None, None]:
         """Requests for windows of a long source; what was made of the last one is sent in.
 
@@ -626,9 +627,9 @@ class Metis:
         while True:
             last = min(first + window, total)
             piece = wav_16k[HOP * first : HOP * last + REACH]
-            condition, frames = self._condition(piece, voice, model)
+            condition, frames = self._condition(piece, voice, info["by"])
             request = Request(
-                frames, generator, voice, condition, skip=cut - first,
+                frames, generator, voice, condition, skip=cut - first, clear=like(info["task"]) == "vc",
                 carry=None if done is None else (done.tokens[-CARRY:], done.codes[-CARRY:]),
             )  # fmt: skip
             after = first + window - OVERLAP

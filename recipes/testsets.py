@@ -220,8 +220,8 @@ def of_recordings(
         seed: of all that is drawn.
 
     Returns:
-        ``testset`` (folder), ``items`` (task: rows), ``recordings``, and ``left_out``: how many are shorter or longer
-        than :data:`SECONDS`.
+        ``testset`` (folder), ``items`` (task: rows), ``recordings``, ``left_out``: how many are shorter or longer
+        than :data:`SECONDS`; ``lacks``: why tasks have no rows.
 
     Raises:
         MetisError: no manifest, no recording of the split that can be judged, one that cannot be read, noise or rooms
@@ -275,10 +275,29 @@ def of_recordings(
         part.replace(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    items = dict(Counter(sorted((row["task"] for _, row in rows), key=order.__getitem__)))
     return {
-        "testset": str(out), "items": dict(Counter(sorted((row["task"] for _, row in rows), key=order.__getitem__))),
-        "recordings": recordings, "left_out": len(held_out) - len(fit),
+        "testset": str(out), "items": items, "recordings": recordings, "left_out": len(held_out) - len(fit),
+        "lacks": lacks(fit, items),
     }  # fmt: skip
+
+
+def lacks(rows: Sequence[Row], items: Mapping[str, int]) -> list[str]:
+    """Why a test set of these recordings has no rows of some tasks, and what to do."""
+    named, said = {r.speaker for r in rows} - {UNKNOWN}, [r for r in rows if r.text]
+    if not said:
+        return ["no recording has a text: rows of enhancement alone"]
+    found = []
+    if not named:
+        found.append(
+            "no speaker is known, so nothing can be a prompt: no rows of tts, vc, tse; name them in the list, or all "
+            "by metis prepare manifest --speaker NAME"
+        )
+    elif "tts" not in items:
+        found.append(f"no rows of tts and tse: no voice has two recordings of at most {LONGEST_PROMPT:g} s with text")
+    if len(named) == 1:
+        found.append("one voice alone: no rows of vc and tse, which need two")
+    return found
 
 
 # ---------------------------------------------------------------- Seed-TTS

@@ -762,6 +762,22 @@ def test_rows_that_stand_between_a_recording_and_the_model(tmp_path: Path) -> No
     assert len(maker.make("still", face).wav) > 0
 
 
+def test_speech_may_be_as_long_as_the_recording(tmp_path: Path) -> None:
+    items = systems.load_items("human", "tts", 2)
+    options = {"steps": 1, "stage2_steps": [1], "length": "recording"}
+    made = systems.produce(items, ["debug"], tmp_path, maker=systems.Systems("debug", options=options))
+    frames = [audio.read(str(item.clean), 24_000).shape[-1] / 480 for item in items]
+    spoken = [audio.read(str(clip.path), 24_000).shape[-1] / 480 for clip in made]
+    assert spoken == pytest.approx(frames, abs=1)
+    usual = systems.Systems("debug", options={"steps": 1, "stage2_steps": [1]})
+    others = systems.produce(items, ["debug"], tmp_path / "usual", maker=usual)
+    assert [audio.read(str(c.path), 24_000).shape[-1] / 480 for c in others] != pytest.approx(frames, abs=1)
+    with pytest.raises(MetisError, match="can only be 'recording'"):
+        systems.Systems("debug", options={"length": "mine"})
+    with pytest.raises(MetisError, match="no recording of a to take the length of"):
+        systems._ask(systems.Item(id="a", task="tts", speaker="s", text="red"), "", true_length=True)
+
+
 def test_a_row_says_where_the_sound_of_a_nested_id_lies(tmp_path: Path) -> None:
     made = tmp_path / "se" / "nano" / "audio" / "lrs3" / "TALK" / "00001.seed0.flac"
     audio.write(made, voice(1.0), 16_000)

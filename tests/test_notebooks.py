@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,21 @@ from metis_lib.models.masked import MaskedTrace
 
 def tone(seconds: float, level: float) -> torch.Tensor:
     return level * torch.sin(2 * torch.pi * 220 * torch.arange(int(seconds * 24_000)) / 24_000)
+
+
+def test_a_kernel_that_starts_beside_its_notebook_finds_the_recipes() -> None:
+    """JupyterLab and editors start it there, with nothing but the installed library in reach."""
+    code = "from metis_lib import notebook; from recipes.testsets import of_recordings; from recipes.claims import arms"
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1] / "notebooks",
+        env=bare,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_player_keeps_the_level_and_cuts_long_clips() -> None:

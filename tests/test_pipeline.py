@@ -332,6 +332,48 @@ def test_the_listener_keeps_what_says_the_phones():
     assert joined[:32].eq(0).all() and joined[48:].eq(1).all(), "each half comes from the draw that says it"
 
 
+def test_draws_of_a_conversion_are_joined_of_what_says_what_the_source_says():
+    torch.manual_seed(0)
+    frames, half = 80, 40
+    source = torch.randint(1, 5, (frames // 8,)).repeat_interleave(8)
+
+    class Known(Listener):  # features and tokens are phones, one said clearly in each frame
+        def __init__(self):
+            pass
+
+        def _heard(self, features):
+            return (8.0 * torch.nn.functional.one_hot(features.long(), 6)).log_softmax(-1)
+
+        def in_tokens(self, tokens):
+            return self._heard(tokens % 10)
+
+    wrong = source % 4 + 1
+    draws = [torch.cat([source[:half], wrong[half:]]), 10 + torch.cat([wrong[:half], source[half:]])]
+    made = Known().likest(source, draws)
+    assert made[: half - 4].lt(10).all() and made[half + 4 :].ge(10).all(), "each half of the draw that says it"
+    assert ((made % 10) == source).float().mean() > 0.9
+
+
+def test_conversion_listens_and_other_tasks_that_hear_do_not(debug, voice, monkeypatch):
+    asked = []
+
+    def first_frame_of_second(self, features, draws):
+        asked.append((len(features), [len(draw) for draw in draws]))
+        return torch.cat([draws[1][:1], draws[0][1:]])
+
+    monkeypatch.setattr(Listener, "likest", first_frame_of_second)
+    source, prompt = hum(1.0), audio.read(voice, 24_000)[:30_000]
+    settings = {"steps": 2, "stage2_steps": (1,), "candidates": 3}
+    _, traces = debug.generate("vc", [{"source": source, "prompt": prompt}], return_iterations=True, **settings)[0]
+    frames = len(traces["ssl"].tokens[0])
+    assert asked == [(frames, [frames] * 3)], "the features of the source alone, and of each draw as many tokens"
+    debug.enhance(source, **settings)
+    debug.extract(source, prompt=prompt, **settings)
+    assert len(asked) == 1
+    before = len(debug.convert(hum(25.0), prompt=prompt, **settings))
+    assert len(asked) > 2 and before == 25 * 24_000, "each window of a long source is compared"
+
+
 def test_changing_draws_costs():
     costs = torch.tensor([[0.0, 0.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 1.0]])
     assert cheapest(costs, 0.1).tolist() == [0, 0, 1, 0, 0] and cheapest(costs, 2.0).tolist() == [0] * 5

@@ -482,6 +482,32 @@ def test_held_out_recordings_serve_every_task_that_they_can_try(held_out: Path) 
         assert row["done"]["noise"] and np.abs(noise).max() > 1e-3
 
 
+def test_a_test_set_says_why_it_has_no_rows_of_a_task(held_out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert testsets.of_recordings(held_out)["lacks"] == []
+    rows = read_jsonl(held_out)
+
+    def told(**changes: str) -> tuple[dict[str, int], str]:
+        write_jsonl(held_out, [row | changes for row in rows])
+        made = testsets.of_recordings(held_out)
+        return made["items"], "; ".join(made["lacks"])
+
+    items, why = told(speaker="unknown")
+    assert set(items) == {"codec", "se"} and "prepare manifest --speaker" in why and "tts, vc, tse" in why
+    items, why = told(speaker="me")
+    assert (
+        set(items) == {"codec", "se", "tts", "l2s"} and why == "one voice alone: no rows of vc and tse, which need two"
+    )
+    items, why = told(text="")
+    assert set(items) == {"se"} and "no recording has a text" in why
+    write_jsonl(held_out, [row | {"speaker": f"voice {k}"} for k, row in enumerate(rows)])
+    made = testsets.of_recordings(held_out)
+    assert "vc" in made["items"] and "no voice has two recordings" in made["lacks"][0] and len(made["lacks"]) == 1
+    write_jsonl(held_out, [row | {"speaker": "unknown"} for row in rows])
+    assert cli.main(["prepare", "testset", str(held_out)]) == 0
+    printed = capsys.readouterr()
+    assert "no speaker is known" in printed.err and "of se" in printed.out
+
+
 def test_held_out_recordings_are_drawn_by_a_seed(held_out: Path, tmp_path: Path) -> None:
     sets = {}
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):

@@ -1271,9 +1271,15 @@ def test_the_recipe_from_scratch_begins_with_nothing_and_leaves_the_shipped_weig
 
 
 @pytest.mark.evaluation
-def test_results_of_several_test_sets_are_one_document(tmp_path):
+def test_results_of_several_test_sets_are_one_document(tmp_path, monkeypatch):
     from recipes.nano import build
 
+    monkeypatch.setattr(build.testsets, "build_synthetic", lambda *_, **__: (_ for _ in ()).throw(MetisError("corpus")))
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    with pytest.raises(MetisError, match="corpus"):  # what is missing is said before anything is judged
+        build.results(tmp_path / "out", model="debug", limit=1, runs=tmp_path / "runs")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
+    monkeypatch.undo()
     sets = {"human": ("codec",)}
     found = build.results(tmp_path / "out", model="debug", limit=1, sets=sets, runs=tmp_path / "runs", say=print)
     assert set(found["human"]["codec"]) == {"recording", "resynthesis", "stage2"}
@@ -1395,6 +1401,16 @@ def test_finetuning_writes_the_best_weights_or_the_last_ones(workshop, tmp_path,
     asked = replace(settings, validate_every=20)
     recipes.finetune("se", manifest, tmp_path / "asked", base=tmp_path / "system", rank=4, settings=asked)
     assert len(held) == 2
+    for often, times in ((0, 1), (5, 8)):
+        held.clear()
+        monkeypatch.setattr(
+            generative.Stage1Training, "validate", lambda self: held.append(1) or {"cross_entropy": 1.0 / len(held)}
+        )
+        recipes.finetune(
+            "se", manifest, tmp_path / f"each{often}", base=tmp_path / "system", rank=4, settings=settings,
+            validate_every=often,
+        )  # fmt: skip
+        assert len(held) == times, "0 is the end alone"
     with pytest.raises(MetisError, match="keep the 'best' or the 'last'"):
         recipes.finetune("se", manifest, tmp_path / "x", base=tmp_path / "system", keep="first")
 
@@ -1489,6 +1505,36 @@ def test_a_decoder_may_learn_alone_and_the_tokens_stay(job_of):
     errors.append(float(objective(batch)["mel"].detach()))
     assert errors[1] < 0.97 * errors[0]
     assert torch.equal(objective.codec.encode(batch["wav"]), codes)
+
+
+def test_a_task_begins_with_what_others_have_learned(job_of):
+    for name, rank in (("vc", 2), ("tts", 4)):
+        job = job_of(name, steps=3)
+        recipes.train(replace(job, rank=rank))
+    omni = job_of("omni")
+    begun = {}
+    for begin in ("", "vc+tts", "tts+vc"):
+        torch.manual_seed(0)
+        objective, _, saved = recipes.BUILD["omni"](replace(omni, rank=2, options={**omni.options, "begin": begin}))
+        assert recipes._warm(replace(omni, rank=2, options={**omni.options, "begin": begin}), objective) == {}
+        begun[begin] = saved()["state"]
+    vc, tts = (recipes.load_state(omni.out / f"tasks/{name}") for name in ("vc", "tts"))
+    alike = lambda a, b: torch.equal(a.float(), b.bfloat16().float())  # noqa: E731
+    adapter, text = "cond_adapter.in_linear.0.weight", "phone_emb.weight"
+    adapter = next(key for key in vc if key.startswith(adapter.rsplit(".", 2)[0]) and key.endswith("weight"))
+    both = begun["vc+tts"]
+    assert alike(vc[adapter], both[adapter]) and alike(tts[text], both[text])
+    assert not alike(vc[adapter], begun[""][adapter]) and not alike(tts[text], begun[""][text])
+    lora = next(key for key in vc if ".lora_B." in key and vc[key].abs().max() > 0)
+    other = lora.replace(".lora_B.", ".lora_A.")
+    assert both[lora].shape == vc[lora].shape and not alike(vc[lora], both[lora])
+    assert alike(vc[lora], begun["tts+vc"][lora]), "of what several have, the last one's"
+    reduced = recipes.adapt.reduce_lora(tts, 2)
+    torch.testing.assert_close(both[lora] @ both[other], (reduced[lora] @ reduced[other]).float(), rtol=0.05, atol=1e-4)
+    with pytest.raises(MetisError, match="begin"):
+        recipes.train(replace(omni, options={**omni.options, "begin": "singing"}))
+    with pytest.raises(MetisError, match="begin"):
+        recipes.train(replace(omni, options={**omni.options, "begin": "tse"}))
 
 
 def test_layers_are_dropped_as_the_option_says_and_only_in_training(monkeypatch):
@@ -1821,10 +1867,16 @@ def test_processes_share_tensors_in_place(monkeypatch):
 def test_little_speech_is_not_read_a_thousand_times_in_silence(workshop, tmp_path, monkeypatch):
     manifest, system = workshop
     said = []
-    monkeypatch.setattr(recipes, "train", lambda job, say, **more: said.append(job.settings.steps))
+    monkeypatch.setattr(recipes, "train", lambda job, say, **more: said.append(job.settings.steps) or {})
     seconds = sum(row.duration for row in recipes.read_manifest(manifest) if row.split == "train")
     steps = round(60 * seconds * 50 / 400)
     settings = recipes.settings_for("se", "debug", steps=steps, frames=400)
     recipes.finetune("se", manifest, tmp_path / "out", base=system, rank=4, settings=settings, say=said.append)
     assert said[-1] == steps and f"{steps} steps read" in said[-2] and "60 times" in said[-2]
     assert re.search(r"about 3[56] read them 30 times", said[-2])
+    data = ["--task", "se", "--data", str(manifest), "--from", str(system), "--lora", "4", "--frames", "400"]
+    for asked, least, most in (([], 35, 36), (["--steps", str(steps)], steps, steps)):
+        assert cli.main(["train", "finetune", *data, *asked, "--out", str(tmp_path / f"cli{len(asked)}")]) == 0
+        assert least <= said[-1] <= most, "fewer steps by itself, and what is asked for as it is"
+    recipes.finetune("se", manifest, tmp_path / "whole", base=system, rank=4, say=said.append)
+    assert said[-1] < recipes.settings_for("se", "nano").steps and "30 times (another number: --steps)" in said[-2]

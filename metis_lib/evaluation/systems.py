@@ -175,7 +175,8 @@ class Systems:
     """Makes audio: every system is a function of an item and a seed; models load at their first use.
 
     A row is one of the task's fixed systems, or a checkpoint (its name), done by the weights of the task or (``-omni``,
-    ``-omni-text``) by Omni's.
+    ``-omni-text``) by Omni's.  ``options`` are those of :meth:`Metis.generate`, and ``length``: ``recording`` makes
+    text-to-speech as long as the recording, as the paper's table 1 probably does; by default the system says how long.
     """
 
     def __init__(
@@ -183,7 +184,9 @@ class Systems:
         options: dict[str, Any] | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         self.checkpoint, self.device, self.dtype, self.options = checkpoint, device, dtype, options or {}
-        self.seed = seed
+        self.seed, self.decoding = seed, {key: value for key, value in self.options.items() if key != "length"}
+        if self.options.get("length", "recording") != "recording":
+            raise MetisError(f"the option length can only be 'recording', not {self.options['length']!r}")
         self._nsnet2, self._loaded = NSNet2(), dict[str, Metis]()
         self._hashes = record.checkpoint_hashes(checkpoint)
         self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
@@ -247,12 +250,12 @@ class Systems:
             return audio.Speech(torch.from_numpy(wav), JUDGE_RATE)
         prompt = None if item.prompt is None else str(item.prompt)
         if system == "stage2":
-            options = {key: value for key, value in self.options.items() if key.startswith("stage2_")}
+            options = {key: value for key, value in self.decoding.items() if key.startswith("stage2_")}
             tokens = self.metis().tokens(str(item.clean))["ssl"]
             return self.metis().decode_tokens(tokens, prompt, seed=self.seed, **options)
         if system == "still":
             still_face = {"video": still(item), "prompt": prompt}
-            return self.metis().generate("l2s", [still_face], seed=self.seed, **self.options)[0]
+            return self.metis().generate("l2s", [still_face], seed=self.seed, **self.decoding)[0]
         return self.metis().resynthesise(str(item.clean))
 
     def about(self, checkpoint: str) -> dict[str, Any]:
@@ -400,10 +403,11 @@ def _generated(maker: Systems, system: str, items: Sequence[Item], folder: Path,
     checkpoint, ending = split_name(system)
     metis, task = maker.metis(checkpoint), items[0].task
     wanted = {f"{item.id}.seed{seed}": (item, seed) for seed in seeds for item in items}
-    given = [{"id": id, "seed": seed, **_ask(item, ending)} for id, (item, seed) in wanted.items()]
+    true_length = task == "tts" and "length" in maker.options
+    given = [{"id": id, "seed": seed, **_ask(item, ending, true_length)} for id, (item, seed) in wanted.items()]
     shown = iter(progress(range(len(given)), f"{task}: {label(system)}"))
     found = bulk.generate_all(
-        metis, task, given, folder, options=maker.options, about=maker.about(checkpoint),
+        metis, task, given, folder, options=maker.decoding, about=maker.about(checkpoint),
         measure=_measures(metis, {id: item for id, (item, _) in wanted.items()}),
         progress=lambda *_: next(shown, None),  # type: ignore[arg-type]
     )  # fmt: skip
@@ -418,8 +422,10 @@ def _generated(maker: Systems, system: str, items: Sequence[Item], folder: Path,
     return clips
 
 
-def _ask(item: Item, ending: str) -> dict[str, Any]:
-    """An item as :meth:`Metis.generate` takes it."""
+def _ask(item: Item, ending: str, true_length: bool = False) -> dict[str, Any]:
+    """An item as :meth:`Metis.generate` takes it; ``true_length``: as long as its recording."""
+    if true_length and item.clean is None:
+        raise MetisError(f"the test set has no recording of {item.id} to take the length of")
     prompt = {"prompt": str(item.prompt)} if item.prompt else {}
     texts = {"text": item.text, "prompt_text": item.prompt_text, "language": item.language}
     asked = {
@@ -427,7 +433,7 @@ def _ask(item: Item, ending: str) -> dict[str, Any]:
         "tse": {"source": str(item.noisy), **prompt, **(texts if ending == TOLD else {})},
         "l2s": {"video": str(item.video), **prompt},
     }[like(item.task)]  # fmt: skip
-    return asked | ({"by": "omni"} if ending else {})
+    return asked | ({"like": str(item.clean)} if true_length else {}) | ({"by": "omni"} if ending else {})
 
 
 def _measures(metis: Metis, items: dict[str, Item]) -> Callable[[str, Job], dict[str, float]]:

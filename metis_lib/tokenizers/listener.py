@@ -56,14 +56,23 @@ class Listener:
             costs.append(float(F.ctc_loss(scores[:, None].cpu(), phones[None].cpu() + 1, *sizes, reduction="sum")))
         return min(range(len(costs)), key=costs.__getitem__)
 
+    def likest(self, features: Tensor, draws: Sequence[Tensor]) -> Tensor:
+        """Draws of SSL tokens ``[T]``, joined of where each says what clear speech of ``features [T, C]`` says."""
+        return joined(self._heard(features), [self.in_tokens(draw) for draw in draws], draws)
+
     def best_of(self, tokens: Tensor, draws: Sequence[Tensor]) -> Tensor:
         """Draws of codes ``[T, Q]`` for the same SSL tokens ``[T]``, joined of where each says what the tokens say."""
-        wanted = self.in_tokens(tokens)
-        costs = [mismatch(wanted, heard) for heard in self.in_codes(draws)]
-        shortest = min(map(len, costs))
-        path = cheapest(torch.stack([cost[:shortest] for cost in costs]).cpu(), CHANGE)  # it looks at every frame
-        path = F.pad(path, (0, len(tokens) - shortest), value=int(path[-1]))
-        return torch.stack(list(draws))[path.to(tokens.device), torch.arange(len(tokens), device=tokens.device)]
+        return joined(self.in_tokens(tokens), self.in_codes(draws), draws)
+
+
+def joined(wanted: Tensor, heard: Sequence[Tensor], draws: Sequence[Tensor]) -> Tensor:
+    """Of each frame the draw that comes nearest to what is wanted, changing seldom: ``draws [T, ...]``, as they are
+    ``heard`` (in a frame or two fewer)."""
+    costs = [mismatch(wanted, one) for one in heard]
+    shortest = min(map(len, costs))
+    path = cheapest(torch.stack([cost[:shortest] for cost in costs]).cpu(), CHANGE)  # it looks at every frame
+    path = F.pad(path, (0, len(draws[0]) - shortest), value=int(path[-1]))
+    return torch.stack(list(draws))[path.to(draws[0].device), torch.arange(len(path), device=draws[0].device)]
 
 
 def mismatch(wanted: Tensor, heard: Tensor, reach: int = REACH) -> Tensor:

@@ -333,7 +333,9 @@ def _lips(job: Job) -> Built:
 def _task(job: Job) -> Built:
     """Options: ``text_hint`` (``even``, ``timed``), ``longest`` (frames), ``audio`` (targets from audio, not from token
     shards), ``passes`` (examples made once, so many of each recording, below 1 of a share of them; 0: made anew),
-    ``dropout`` (before LoRA), ``joined`` (share of the texts that are said after another recording of the speaker)."""
+    ``dropout`` (before LoRA), ``joined`` (share of the texts that are said after another recording of the speaker),
+    ``begin`` (trained tasks of the system, such as ``vc+tts``, whose weights it begins with where they fit; of what
+    several have, the last one's)."""
     entry, o = task(job.model), job.chosen
     told = o["text_hint"] != "none" and entry.takes_text
     hint = {"text_hint": o["text_hint"], "hint_width": o["hint_width"]} if told else {}
@@ -346,6 +348,9 @@ def _task(job: Job) -> Built:
     texts = job.model == "tts" and (job.shards is not None or not o["audio"])
     frozen = None if texts else job.frozen
     lips = load_module(job.out / "lips", LipConfig, LipEncoder) if entry.takes_video else None
+    for name in o["begin"].split("+") if o["begin"] else ():
+        if name not in TASKS or not (job.out / FOLDERS[name] / "config.json").is_file():
+            raise MetisError(f"{job.model} cannot begin with {name!r}: {job.out} has no such trained task")
     made: dict[str, Any] = {}
     for split, seed in (("train", job.settings.seed), ("validation", 1)):
         made[split] = task_source(job, split, seed, frozen, lips)
@@ -454,6 +459,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
             "passes": 0,
             "dropout": 0.01,
             "joined": 0.0,
+            "begin": "",
         }  # fmt: skip
         for name in TASKS
     },
@@ -470,14 +476,26 @@ BUILD |= dict.fromkeys(TASKS, _task)
 
 
 def _warm(job: Job, objective: Any) -> dict[str, Any]:
-    """Load the part's weights where the folder has them (bf16 will do); what its card says, or {}."""
-    if not (job.folder / "config.json").is_file():
-        return {}
-    document, state = json.loads((job.folder / "config.json").read_text()), load_state(job.folder)
-    if job.model in TASKS:
+    """Load the part's weights where the folder has them (bf16 will do); what its card says, or {}.
+
+    A task that has none yet begins with those of others (option ``begin``), where shapes are alike.
+    """
+
+    def learned(folder: Path) -> dict[str, torch.Tensor]:
+        state = load_state(folder)
         if job.rank and job.mode == "lora":  # what was learned at a higher rank, as far as this one can say it
             state = adapt.reduce_lora(state, job.rank)
-        have = {k.removeprefix("model."): v for k, v in state.items()}
+        return {k.removeprefix("model."): v for k, v in state.items()}
+
+    if not (job.folder / "config.json").is_file():
+        for name in filter(None, job.chosen.get("begin", "").split("+")):
+            shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
+            have = {k: v for k, v in learned(job.out / f"tasks/{name}").items() if shapes.get(k) == v.shape}
+            objective.model.load_state_dict(have, strict=False)
+        return {}
+    document = json.loads((job.folder / "config.json").read_text())
+    if job.model in TASKS:
+        have = learned(job.folder)
         shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
         wrong = [k for k, v in have.items() if shapes.get(k) != v.shape]
         if wrong or document["card"].get("mode", job.mode) != job.mode:
@@ -487,7 +505,7 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
         objective.model.load_state_dict(have, strict=False)
     else:
         nets = [m for name, m in objective.named_children() if name in ("encoder", "codec", "model")]
-        fill(nets[0], state, job.folder)
+        fill(nets[0], load_state(job.folder), job.folder)
     return document["card"]
 
 
@@ -576,8 +594,8 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
 
 def finetune(
     name: str, source: str | Path, out: str | Path, *, base: str | Path = "nano", mode: str = "lora", rank: int = 16,
-    settings: TrainSettings | None = None, keep: str = "best", workers: int = 0,
-    say: Callable[[str], None] = lambda line: None, **more: Any,
+    settings: TrainSettings | None = None, shorten: bool | None = None, validate_every: int | None = None,
+    keep: str = "best", workers: int = 0, say: Callable[[str], None] = lambda line: None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Adapt a system to a task with recordings of one's own, in a system folder of its own.
 
@@ -588,9 +606,11 @@ def finetune(
         base: ``nano``, or the folder of a system, which stays as it is.
         mode, rank: ``lora`` of that rank, ``full`` or ``adapter``.
         settings: by default the preset's that is nearest in size.
-        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings (which are heard every
-            twentieth of the steps, or every ten, unless the settings have another number than the preset), or the
-            ``last`` ones.
+        shorten: take fewer steps than the settings say where these would read the recordings more than 30 times
+            (:data:`OFTEN`); by default where no settings are given.
+        validate_every: steps between validations, 0: at the end; by default as the settings say where they have
+            another number than the preset, else with ``best`` a twentieth of the steps, or ten.
+        keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings, or the ``last`` ones.
         more: of :func:`train`: budget, resume, device, strategy.
 
     Returns:
@@ -628,18 +648,28 @@ def finetune(
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
+    shorten = settings is None if shorten is None else shorten
     settings = settings or settings_for(name, scale)
-    if keep == "best":
-        often, usual = max(10, settings.steps // 20), settings_for(name, scale).validate_every
-        every = min(usual or often, often) if settings.validate_every in (0, usual) else settings.validate_every
-        settings = dataclasses.replace(settings, best="cross_entropy", validate_every=every)
     known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
     if times > OFTEN:
-        say(
-            f"{settings.steps} steps read {known / 60:.1f} minutes of speech {times:.0f} times; about "
-            f"{max(1, round(settings.steps * OFTEN / times))} read them {OFTEN} times (--steps)"
-        )
+        enough = max(1, round(settings.steps * OFTEN / times))
+        if shorten:
+            settings = dataclasses.replace(settings, steps=enough, warmup=min(settings.warmup, enough // 5))
+            say(f"{enough} steps read {known / 60:.1f} minutes of speech {OFTEN} times (another number: --steps)")
+        else:
+            say(
+                f"{settings.steps} steps read {known / 60:.1f} minutes of speech {times:.0f} times; about "
+                f"{enough} read them {OFTEN} times (--steps)"
+            )
+    usual = settings_for(name, scale).validate_every
+    if validate_every is None and keep == "best" and settings.validate_every in (0, usual):
+        often = max(10, settings.steps // 20)
+        validate_every = min(usual or often, often)
+    settings = dataclasses.replace(
+        settings, best="cross_entropy" if keep == "best" else settings.best,
+        validate_every=settings.validate_every if validate_every is None else validate_every,
+    )  # fmt: skip
     about = {"data": str(source), "licence": "that of the base and of your data, whichever is stricter"}
     job = Job(
         name, system, out, settings, manifest, mode=mode, rank=rank, options=options, workers=workers, about=about,

@@ -76,10 +76,11 @@ def results(
         ``{test set: {task: {system: {metric: score}}}}``.
     """
     summaries, about = {}, {}
-    for name, tasks in (sets or SETS).items():
+    for name in sets or SETS:  # all before the first is judged: they need the corpus, which may be missing
         if name != "human" and not (metis_home() / "testsets" / name / "manifest.jsonl").is_file():
             say(f"making the test set {name}")
             testsets.build_synthetic(name, more=True)
+    for name, tasks in (sets or SETS).items():
         folder = runs / f"{Path(model).name}-{name}"
         say(f"{name}: {', '.join(tasks)}")
         found = runner.evaluate(tasks, None, name, folder, checkpoint=model, limit=limit, **options)

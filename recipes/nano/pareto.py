@@ -45,17 +45,28 @@ SWEEPS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
         )),
     ]),
     "se": ("se", "nano", [{"steps": steps} for steps in (1, 4, 10, 20)]),
+    "vc": ("vc", "nano", [
+        *({"steps": steps, "cfg": cfg, "candidates": 1} for steps, cfg in ((4, 0.0), (20, 0.0), (4, 1.0), (20, 1.0))),
+        *({"steps": 4, "cfg": cfg, "candidates": count} for cfg, count in ((0.0, 4), (1.0, 4), (0.0, 8))),
+        {"steps": 20, "cfg": 0.0, "candidates": 4},
+    ]),
+    "told": ("tse", "nano-omni-text", [{"candidates": count} for count in (1, 4, 8)]),
 }  # fmt: skip
 """Task, system and options of each sweep."""
 USED = ("ssl", "semantic_codec", "acoustic_codec", "stage2_layer1", "stage2_full")
-APPLIES = {"stage2": "any", "tts": "tts", "se": "se"}
+APPLIES = {"stage2": "any", "tts": "tts", "se": "se", "vc": "vc", "told": "tse"}
 """Which tasks take what a sweep has chosen as their default."""
-TITLES = {"stage2": "stage 2, from the recording's tokens", "tts": "text-to-speech", "se": "enhancement"}
+MODELS = {"told": "omni"}
+"""Whose weights a sweep is about, where they have not its name."""
+TITLES = {"stage2": "stage 2, from the recording's tokens", "tts": "text-to-speech", "se": "enhancement",
+          "vc": "conversion", "told": "extraction, told the words"}  # fmt: skip
 
 
 def passes(metis: Metis, sweep: str, options: dict[str, Any]) -> int:
     """Runs of a model that these options ask for, in the stages that the sweep is about."""
-    chosen = metis.options({"stage2": "tts"}.get(sweep, sweep), **options)
+    chosen = metis.options(
+        SWEEPS[sweep][0].replace("codec", "tts"), {"text": "told"} if sweep == "told" else None, **options
+    )
     if sweep == "stage2":
         layers = chosen.stage2_steps[: metis.stage2_full.config.num_quantizers]
         return chosen.stage2_candidates * (layers[0] + sum(layers[1:]) * (2 if chosen.stage2.cfg else 1))
@@ -67,10 +78,13 @@ def measure(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The points of a sweep, the settings that are in ``seen`` as they are there."""
     task, system, settings = SWEEPS[sweep]
-    system = model if system == "nano" else system
+    system = model + system.removeprefix("nano") if system.startswith("nano") else system
     every = load_items(testset, task)
     chosen = every[:: max(1, len(every) // items)][:items]
-    home, parts = locate(model), (*USED, *(() if sweep == "stage2" else ("stage1", f"tasks/{sweep}")))
+    home, parts = (
+        locate(model),
+        (*USED, *(() if sweep == "stage2" else ("stage1", f"tasks/{MODELS.get(sweep, sweep)}"))),
+    )
     files = [file for part in parts for file in (home / part).glob("*.safetensors")]
     hashes = record.sha256_of([record.sha256_files(files, home), record.testset_hash(testset_folder(testset))])
     known = {p["key"]: p for p in seen if p["sweep"] == sweep}
@@ -168,7 +182,7 @@ def main(
         held = [p for p in held if p["sweep"] != sweep] + new
         chosen = {name: choose([p for p in held if p["sweep"] == name]) for name in SWEEPS if _in(name, held)}
         record.write_json(file, {"chosen": {k: _short(p) for k, p in chosen.items()}, "points": held})
-        draw(held, chosen).savefig(out / "pareto.png", dpi=110)
+        record.write_figure(out / "pareto.png", draw(held, chosen))
         record.write_json(
             locate(model) / "decode.json", {APPLIES[name]: point["options"] for name, point in chosen.items()}
         )

@@ -87,7 +87,8 @@ class Generate(Command):
     stage2_steps: tuple[int, ...] = ()
     """Decoding steps of the acoustic layers, 1 for those that are not named."""
     candidates: int | None = None
-    """Draws of the tokens of a text, of which the system keeps the one that it understands best (nano)."""
+    """Draws of the SSL tokens: of a text the one that the system understands best is kept, in conversion those are
+    joined that say what the source says (nano)."""
     stage2_candidates: int | None = None
     """Draws of the acoustic codes, joined of what it understands best (nano)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -166,7 +167,7 @@ class Generate(Command):
     def _many(self, source: Path) -> Answer:
         """A folder or a manifest."""
         from metis_lib import bulk
-        from metis_lib.evaluation.record import checkpoint_hashes, code_hash, task_files
+        from metis_lib.evaluation.record import MODEL_CODE, checkpoint_hashes, code_hash, task_files
 
         given = {key: value for key, value in self.item().items() if key not in ("source", "video", "text")}
         items = bulk.read_items(self.TASK, source, given, self.output)
@@ -180,7 +181,7 @@ class Generate(Command):
         hashes = checkpoint_hashes(self.model)  # weights, and configurations with the decoding defaults
         about |= {key: hashes[key] for key in ("checkpoint_sha256", "config_sha256") if hashes[key]}
         about |= {"task_files": own} if (own := task_files()) else {}
-        about["code"] = code_hash("pipeline.py", "generation.py", "models", "tokenizers", "tasks")
+        about["code"] = code_hash(*MODEL_CODE)
 
         def show(done: int, total: int, what: str) -> None:
             took = time.monotonic() - began

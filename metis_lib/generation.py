@@ -6,7 +6,7 @@ recordings, text or video is the pipeline's business.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any
@@ -54,6 +54,7 @@ class Request:
         condition: ``[P+T, C]`` frame-level, the prompt's rows first.
         phones: ``[L]``, the prompt's first.
         said: phones that are the prompt's.
+        clear: the condition is clear speech of what is to be said (conversion): draws are compared with it.
         hint: ``[P+T]`` frame-level phones.
         carry: tokens ``[K]`` and codes ``[K, Q]`` that stage 2 goes on from: the end of the window before.
         skip: frames at the beginning that stage 2 leaves out, being made already.
@@ -69,6 +70,11 @@ class Request:
     skip: int = 0
     said: int = 0
     clear: bool = False
+
+    @property
+    def compared(self) -> bool:
+        """Whether draws of its SSL tokens can be compared with something that is to be said."""
+        return self.phones is not None or self.clear
 
     @property
     def prompt_frames(self) -> int:
@@ -104,10 +110,9 @@ class Options:
     candidates: int = 1
     stage2_candidates: int = 1
 
-    @property
-    def draws(self) -> int:
+    def draws(self, requests: Iterable[Request]) -> int:
         """The most draws that are made of a request; several are compared (:mod:`metis_lib.tokenizers.listener`)."""
-        return max(self.candidates, self.stage2_candidates)
+        return max(self.stage2_candidates, self.candidates if any(r.compared for r in requests) else 1)
 
     @classmethod
     def of(cls, stage1: DecodeSettings, released: bool, steps2: tuple[int, ...], given: dict[str, Any]) -> Options:
@@ -217,7 +222,7 @@ def run(
     """
     device = layer1.cond_emb.weight.device
     with_hint = requests[0].hint is not None and stage1.config.text_hint != "none"
-    count = options.candidates if requests[0].phones is not None or requests[0].clear else 1
+    count = options.candidates if requests[0].compared else 1
     draws = [draw for r in requests for draw in _draws(r, count)]  # those of a request one after the other
     cuts = [r.prompt_frames for r in draws]
     lengths = torch.tensor([r.frames for r in draws], device=device)

@@ -397,7 +397,7 @@ class Metis:
             said, codes = (stream[:frames].to(self.device) for stream in voice)
             prompt = Voice(nothing, said, codes, nothing)
         request = Request(len(tokens), torch.Generator().manual_seed(seed), prompt)
-        nets, listener = (self.stage2_layer1, self.stage2_full), self.listener if chosen.draws > 1 else None
+        nets, listener = (self.stage2_layer1, self.stage2_full), self.listener if chosen.stage2_candidates > 1 else None
         return decode(*nets, [request], [tokens], chosen, listener=listener)[0][0]
 
     @torch.no_grad()
@@ -504,10 +504,10 @@ class Metis:
             items: arguments of the task's own method, by name; ``seed`` of its own if an item has one.
             seed: the same seed gives an item the same samples, alone or in any batch.
             return_iterations: return pairs of the speech and how it was decided, ``{"ssl": trace, "acoustic":
-                [a trace a layer]}``.
+                [a trace a layer]}``; where draws were joined, how the first was.
             options: ``steps``, ``cfg``, ``rescale``, ``temperature``, ``choice_temperature``, ``top_fraction`` or
                 ``top_k``, ``schedule`` of stage 1; the same with ``stage2_`` in front (``stage2_steps``: one number a
-                layer, 1 for the rest); ``candidates`` (draws of the SSL tokens, of text-to-speech and conversion) and
+                layer, 1 for the rest); ``candidates`` (draws of the SSL tokens of a text, and of conversion) and
                 ``stage2_candidates`` (draws of the acoustic codes), of which the system keeps what it understands
                 best; ``batch_frames``.
 
@@ -602,7 +602,7 @@ class Metis:
         condition, frames = self._condition(wav_16k, voice, info["by"])
         start = 0 if voice is None else len(voice.tokens)
         more = {} if texts is None else self._texts(*texts, start, frames, info["by"])
-        request = Request(frames, generator, voice, condition, clear=like(info["task"]) == "vc", **more)
+        request = Request(frames, generator, voice, condition, clear=info["task"] == "vc", **more)
         return Job([request], None if self.compat else len(wav), info)
 
     def _condition(self, wav_16k: Tensor, voice: Voice | None, model: str) -> tuple[Tensor, int]:
@@ -629,7 +629,7 @@ class Metis:
             piece = wav_16k[HOP * first : HOP * last + REACH]
             condition, frames = self._condition(piece, voice, info["by"])
             request = Request(
-                frames, generator, voice, condition, skip=cut - first, clear=like(info["task"]) == "vc",
+                frames, generator, voice, condition, skip=cut - first, clear=info["task"] == "vc",
                 carry=None if done is None else (done.tokens[-CARRY:], done.codes[-CARRY:]),
             )  # fmt: skip
             after = first + window - OVERLAP
@@ -735,13 +735,14 @@ class Metis:
             stage1 = self.task_model(model)
 
             def make(requests: list[Request], stage1: Stage1 = stage1) -> list[Made]:
-                listener = self.listener if options.draws > 1 else None
+                listener = self.listener if options.draws(requests) > 1 else None
                 nets = stage1, self.stage2_layer1, self.stage2_full
                 return run(*nets, requests, options, noise=noise, listener=listener)
 
             short = [(job, request) for job in mine for request in job.requests]
             results: dict[int, Made] = {}
-            limit = 1 if options.released else options.batch_frames // options.draws  # as released: one by one
+            draws = options.draws(request for _, request in short)
+            limit = 1 if options.released else options.batch_frames // draws  # as released: one by one
             for batch in batches([request for _, request in short], limit):
                 results |= dict(zip(batch, make([short[i][1] for i in batch]), strict=True))
             for i, (job, _) in enumerate(short):

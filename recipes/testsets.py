@@ -284,20 +284,20 @@ def of_recordings(
 
 def lacks(rows: Sequence[Row], items: Mapping[str, int]) -> list[str]:
     """Why a test set of these recordings has no rows of some tasks, and what to do."""
-    named, said = {r.speaker for r in rows} - {UNKNOWN}, [r for r in rows if r.text]
-    if not said:
+    named = {r.speaker for r in rows} - {UNKNOWN}
+    if not any(r.text for r in rows):
         return ["no recording has a text: rows of enhancement alone"]
-    found = []
     if not named:
-        found.append(
+        return [
             "no speaker is known, so nothing can be a prompt: no rows of tts, vc, tse; name them in the list, or all "
             "by metis prepare manifest --speaker NAME"
-        )
-    elif "tts" not in items:
-        found.append(f"no rows of tts and tse: no voice has two recordings of at most {LONGEST_PROMPT:g} s with text")
-    if len(named) == 1:
-        found.append("one voice alone: no rows of vc and tse, which need two")
-    return found
+        ]
+    why = {
+        "tts": f"needs a second recording of the voice, of at most {LONGEST_PROMPT:g} s and with text as well",
+        "vc": f"needs two voices that are named, the other with a recording of at most {LONGEST_PROMPT:g} s",
+        "tse": "needs a second recording of the voice, and another voice",
+    }
+    return [f"no rows of {task}, which {reason}" for task, reason in why.items() if task not in items]
 
 
 # ---------------------------------------------------------------- Seed-TTS

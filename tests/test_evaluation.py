@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -774,8 +775,25 @@ def test_speech_may_be_as_long_as_the_recording(tmp_path: Path) -> None:
     assert [audio.read(str(c.path), 24_000).shape[-1] / 480 for c in others] != pytest.approx(frames, abs=1)
     with pytest.raises(MetisError, match="can only be 'recording'"):
         systems.Systems("debug", options={"length": "mine"})
+    for task, length, why in (("tts", "mine", "can only be"), ("se", "recording", "not among the tasks")):
+        with pytest.raises(MetisError, match=why):  # before a notebook is started
+            runner.evaluate((task,), None, "human", tmp_path / "never", checkpoint="debug", options={"length": length})
+    assert not (tmp_path / "never").exists()
     with pytest.raises(MetisError, match="no recording of a to take the length of"):
         systems._ask(systems.Item(id="a", task="tts", speaker="s", text="red"), "", true_length=True)
+
+
+def test_a_run_lies_where_it_was_asked_for_from_any_folder(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner.evaluate(("codec",), ("recording",), "human", "mine/scores", checkpoint="debug", limit=1)
+    assert record.read_json(tmp_path / "mine/scores/summary.json")["codec"]["recording"]
+    assert not (record.ROOT / "mine").exists()
+
+
+def test_what_stage_two_speaks_depends_on_options_without_a_prompt_too() -> None:
+    item = dataclasses.replace(systems.load_items("human", "codec", 1)[0], prompt=None)
+    keys = {systems.Systems("debug", options={"stage2_steps": [n]}, seed=n).key("stage2", item) for n in (1, 2)}
+    assert len(keys) == 2
 
 
 def test_a_row_says_where_the_sound_of_a_nested_id_lies(tmp_path: Path) -> None:

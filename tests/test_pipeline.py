@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from metis_lib import Metis, audio
+from metis_lib import Metis, audio, generation
 from metis_lib.checkpoints import SHIPPED, load_config_and_card, save_part, sha256
 from metis_lib.config import AcousticCodecConfig, DecodeSettings, Stage1Config, preset
 from metis_lib.errors import MetisError
@@ -355,23 +355,31 @@ def test_draws_of_a_conversion_are_joined_of_what_says_what_the_source_says():
 
 
 def test_conversion_listens_and_other_tasks_that_hear_do_not(debug, voice, monkeypatch):
-    asked = []
+    asked, spoken, decode = [], [], generation.decode
 
-    def first_frame_of_second(self, features, draws):
+    def like_that(self, features, draws):
         asked.append((len(features), [len(draw) for draw in draws]))
-        return torch.cat([draws[1][:1], draws[0][1:]])
+        return torch.full_like(draws[0], 7)
 
-    monkeypatch.setattr(Listener, "likest", first_frame_of_second)
+    def speak(layer1, full, requests, tokens, options, **more):
+        spoken.extend(tokens)
+        return decode(layer1, full, requests, tokens, options, **more)
+
+    monkeypatch.setattr(Listener, "likest", like_that)
+    monkeypatch.setattr(generation, "decode", speak)
     source, prompt = hum(1.0), audio.read(voice, 24_000)[:30_000]
     settings = {"steps": 2, "stage2_steps": (1,), "candidates": 3}
     _, traces = debug.generate("vc", [{"source": source, "prompt": prompt}], return_iterations=True, **settings)[0]
     frames = len(traces["ssl"].tokens[0])
     assert asked == [(frames, [frames] * 3)], "the features of the source alone, and of each draw as many tokens"
+    assert torch.equal(spoken[0], torch.full((frames,), 7)), "what was joined is what is spoken"
     debug.enhance(source, **settings)
     debug.extract(source, prompt=prompt, **settings)
-    assert len(asked) == 1
-    before = len(debug.convert(hum(25.0), prompt=prompt, **settings))
-    assert len(asked) > 2 and before == 25 * 24_000, "each window of a long source is compared"
+    assert len(asked) == 1 and not any(one.eq(7).all() for one in spoken[1:])
+    spoken.clear()
+    debug.convert(hum(25.0), prompt=prompt, **settings)
+    assert len(asked) > 2 and all(one.eq(7).all() for one in spoken), "each window of a long source is compared"
+    assert len(spoken[1]) < asked[2][0], "without what the window before has said"
 
 
 def test_changing_draws_costs():

@@ -1535,6 +1535,11 @@ def test_a_task_begins_with_what_others_have_learned(job_of):
         recipes.train(replace(omni, options={**omni.options, "begin": "singing"}))
     with pytest.raises(MetisError, match="begin"):
         recipes.train(replace(omni, options={**omni.options, "begin": "tse"}))
+    document = json.loads((omni.out / "tasks/vc/config.json").read_text())
+    document["card"]["mode"] = "full"
+    (omni.out / "tasks/vc/config.json").write_text(json.dumps(document))
+    with pytest.raises(MetisError, match="whose mode is full"):
+        recipes.train(replace(omni, options={**omni.options, "begin": "vc"}))
 
 
 def test_layers_are_dropped_as_the_option_says_and_only_in_training(monkeypatch):
@@ -1880,3 +1885,10 @@ def test_little_speech_is_not_read_a_thousand_times_in_silence(workshop, tmp_pat
         assert least <= said[-1] <= most, "fewer steps by itself, and what is asked for as it is"
     recipes.finetune("se", manifest, tmp_path / "whole", base=system, rank=4, say=said.append)
     assert said[-1] < recipes.settings_for("se", "nano").steps and "30 times (another number: --steps)" in said[-2]
+    run = tmp_path / "stopped/runs/se"
+    (run / "states").mkdir(parents=True)
+    (run / "states/step-00000050.ckpt").touch()
+    (run / "settings.json").write_text(json.dumps({"steps": 4321, "warmup": 7}))
+    for more, steps in (({}, 4321), ({"resume": False}, said[-1])):
+        recipes.finetune("se", manifest, tmp_path / "stopped", base=system, rank=4, say=said.append, **more)
+        assert said[-1] == steps, "what was stopped goes on as it began"

@@ -84,6 +84,13 @@ def testset_hash(folder: Path) -> str:
     return sha256_of([sha256_file(folder / "manifest.jsonl"), files])
 
 
+MODEL_CODE = (
+    *("audio.py", "config.py", "pipeline.py", "generation.py", "bulk.py", "stores.py", "checkpoints.py", "released.py"),
+    *("models", "tokenizers", "tasks"),
+)
+"""What the audio of a model depends on."""
+
+
 def code_hash(*names: str) -> str:
     """Hash of the library's own code and tables ``names`` (files or folders of the package), for cache keys."""
     places = [PACKAGE / name for name in names]
@@ -200,7 +207,7 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def relative(path: Path) -> str:
-    """``path`` relative to the working directory where it lies inside, else as it is (for records)."""
-    path = path.resolve()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def relative(path: Path, base: Path | None = None) -> str:
+    """``path`` relative to a folder (default: the working directory) where it lies inside, else whole."""
+    path, base = path.resolve(), (base or Path.cwd()).resolve()
+    return str(path.relative_to(base)) if path.is_relative_to(base) else str(path)

@@ -32,6 +32,7 @@ from metis_lib.evaluation.statistics import summarise
 from metis_lib.evaluation.systems import (
     Item,
     Systems,
+    check_options,
     checkpoints_of,
     choose_systems,
     label,
@@ -296,6 +297,7 @@ def evaluate(
         load_items(testset, task, limit)
         asked = systems.get(task) if isinstance(systems, Mapping) else systems
         chosen[task] = choose_systems(task, asked, checkpoint)
+    check_options(options or {}, tasks)
     if not chosen or not seeds or len(set(seeds)) < len(seeds):
         raise MetisError("name at least one task and one seed, each once")
     for task, names in chosen.items():
@@ -310,9 +312,9 @@ def evaluate(
         try:
             parameters = {
                 "task": task, "systems": chosen[task], "testset": record.relative(testset_folder(testset)),
-                "out": record.relative(folder), "seeds": list(seeds), "limit": limit or 0, "checkpoint": checkpoint,
-                "device": where, "dtype": dtype, "options": dict(options or {}), "judges": judges,
-                "allow_missing": allow_missing,
+                "out": record.relative(folder, record.ROOT), "seeds": list(seeds), "limit": limit or 0,
+                "checkpoint": checkpoint, "device": where, "dtype": dtype, "options": dict(options or {}),
+                "judges": judges, "allow_missing": allow_missing,
             }  # fmt: skip
             done, key = folder / task / "done.json", unit_key(task, parameters, checkpoint, manifest)
             if not fresh and (record.read_json(done) or {}).get("key") == key:

@@ -9,7 +9,7 @@ import json
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,6 @@ from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
 from metis_lib.pipeline import Job, Metis
 from metis_lib.tasks import like, own
-
-_MODEL_CODE = (
-    *("audio.py", "config.py", "pipeline.py", "generation.py", "bulk.py", "stores.py", "checkpoints.py"),
-    *("models", "tokenizers", "tasks"),
-)
-
 
 NEEDED = {
     "codec": ("text", "clean"), "se": ("noisy",), "tts": ("text", "clean", "prompt", "prompt_text"),
@@ -171,6 +165,14 @@ OMNI, TOLD = "-omni", "-omni-text"
 """What the name of a checkpoint's row ends in where Omni does the task, and where it is told the words (tse)."""
 
 
+def check_options(options: Mapping[str, Any], tasks: Collection[str] = ("tts",)) -> None:
+    """MetisError for a ``length`` that cannot be, or that no task of an evaluation has."""
+    if options.get("length", "recording") != "recording":
+        raise MetisError(f"the option length can only be 'recording', not {options['length']!r}")
+    if "length" in options and not {"tts", "omni"} & set(tasks):
+        raise MetisError("the option length is of text-to-speech, which is not among the tasks")
+
+
 class Systems:
     """Makes audio: every system is a function of an item and a seed; models load at their first use.
 
@@ -185,11 +187,10 @@ class Systems:
     ) -> None:  # fmt: skip
         self.checkpoint, self.device, self.dtype, self.options = checkpoint, device, dtype, options or {}
         self.seed, self.decoding = seed, {key: value for key, value in self.options.items() if key != "length"}
-        if self.options.get("length", "recording") != "recording":
-            raise MetisError(f"the option length can only be 'recording', not {self.options['length']!r}")
+        check_options(self.options)
         self._nsnet2, self._loaded = NSNet2(), dict[str, Metis]()
         self._hashes = record.checkpoint_hashes(checkpoint)
-        self._code = {"model": record.code_hash(*_MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
+        self._code = {"model": record.code_hash(*record.MODEL_CODE), "nsnet2": record.code_hash("evaluation/judges.py")}
         files = record.task_files()
         self._tasks = {"task_files": files} if files else {}
 
@@ -226,8 +227,9 @@ class Systems:
         if system == "nsnet2":
             parts |= {"code": self._code["nsnet2"]}
         elif self.source(system, item) is None:
-            if system in ("stage2", "still") and item.prompt:
-                parts |= {"prompt": record.sha256_file(item.prompt), "options": self.options, "seed": self.seed}
+            if system in ("stage2", "still"):
+                prompt = {"prompt": record.sha256_file(item.prompt)} if item.prompt else {}
+                parts |= {**prompt, "options": self.options, "seed": self.seed}
             if system == "still" and item.video:
                 parts |= {"video": record.sha256_file(item.video)}
             parts |= self.about(self.checkpoint)

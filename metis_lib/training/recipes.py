@@ -351,6 +351,9 @@ def _task(job: Job) -> Built:
     for name in o["begin"].split("+") if o["begin"] else ():
         if name not in TASKS or not (job.out / FOLDERS[name] / "config.json").is_file():
             raise MetisError(f"{job.model} cannot begin with {name!r}: {job.out} has no such trained task")
+        of = load_config_and_card(job.out / FOLDERS[name], TaskConfig)[1].get("mode", "lora")
+        if (of == "full") != (job.mode == "full"):  # what it learned besides LoRA would not be saved with this one
+            raise MetisError(f"{job.model} cannot begin with {name!r}, whose mode is {of}, in the mode {job.mode}")
     made: dict[str, Any] = {}
     for split, seed in (("train", job.settings.seed), ("validation", 1)):
         made[split] = task_source(job, split, seed, frozen, lips)
@@ -488,7 +491,7 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
         return {k.removeprefix("model."): v for k, v in state.items()}
 
     if not (job.folder / "config.json").is_file():
-        for name in filter(None, job.chosen.get("begin", "").split("+")):
+        for name in filter(None, (job.chosen.get("begin") or "").split("+")):
             shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
             have = {k: v for k, v in learned(job.out / f"tasks/{name}").items() if shapes.get(k) == v.shape}
             objective.model.load_state_dict(have, strict=False)
@@ -654,7 +657,11 @@ def finetune(
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
     if times > OFTEN:
         enough = max(1, round(settings.steps * OFTEN / times))
-        if shorten:
+        stopped = out / "runs" / name
+        if shorten and more.get("resume", True) and any((stopped / "states").glob("*")):  # it goes on as it began
+            began = json.loads((stopped / "settings.json").read_text())
+            settings = dataclasses.replace(settings, steps=began["steps"], warmup=began["warmup"])
+        elif shorten:
             settings = dataclasses.replace(settings, steps=enough, warmup=min(settings.warmup, enough // 5))
             say(f"{enough} steps read {known / 60:.1f} minutes of speech {OFTEN} times (another number: --steps)")
         else:

@@ -81,12 +81,11 @@ def measure(
     system = model + system.removeprefix("nano") if system.startswith("nano") else system
     every = load_items(testset, task)
     chosen = every[:: max(1, len(every) // items)][:items]
-    home, parts = (
-        locate(model),
-        (*USED, *(() if sweep == "stage2" else ("stage1", f"tasks/{MODELS.get(sweep, sweep)}"))),
-    )
-    files = [file for part in parts for file in (home / part).glob("*.safetensors")]
-    hashes = record.sha256_of([record.sha256_files(files, home), record.testset_hash(testset_folder(testset))])
+    home, own = locate(model), ("stage1", f"tasks/{MODELS.get(sweep, sweep)}") * (sweep != "stage2")
+    files = [file for part in (*USED, *own) for file in (home / part).glob("*.safetensors")]
+    usual = {} if sweep == "stage2" else (record.read_json(home / "decode.json") or {}).get("any", {})
+    about = [usual, record.code_hash(*record.MODEL_CODE)]
+    hashes = record.sha256_of([record.sha256_files(files, home), record.testset_hash(testset_folder(testset)), about])
     known = {p["key"]: p for p in seen if p["sweep"] == sweep}
     folder, verdicts, points, metis = metis_home() / "cache" / "pareto", Verdicts(), [], None
     for options in settings:

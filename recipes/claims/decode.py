@@ -58,10 +58,11 @@ def studies(lab: Lab) -> dict[str, Study]:
     return {
         "alone": Study("tts", dict.fromkeys(("continued", "said", "reversed"), {}),
                        ("sim_prompt", "sim_other", "confidence")),
-        "guidance-vc": Study("vc", {f"{c:g}": {"cfg": c} for c in (0.0, 1.0, 2.0, 4.0)}, ("wer", "sim_prompt")),
+        "guidance-vc": Study("vc", {f"{c:g}": {"cfg": c, "steps": 20, **ONE} for c in (0.0, 1.0, 2.0, 4.0)},
+                             ("wer", "sim_prompt")),
         # by itself the text brings guidance of 2.5 with it, so both sides are told to have none
-        "text-tse": Study("tse", {"untold": {"cfg": 0.0}, "told": {"cfg": 0.0}, "told, guided": {"cfg": 2.5}},
-                          ("wer", "sim_prompt")),
+        "text-tse": Study("tse", {"untold": {"cfg": 0.0, **ONE}, "told": {"cfg": 0.0, **ONE},
+                                  "told, guided": {"cfg": 2.5, **ONE}}, ("wer", "sim_prompt")),
         "steps-tts": Study("tts", {str(n): {"steps": n, **ONE} for n in STEPS}),
         "steps-se": Study("se", {str(n): {"steps": n} for n in STEPS}, ("wer", "pesq_wb")),
         "steps-stage2": Study(

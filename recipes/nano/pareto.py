@@ -182,9 +182,8 @@ def main(
         chosen = {name: choose([p for p in held if p["sweep"] == name]) for name in SWEEPS if _in(name, held)}
         record.write_json(file, {"chosen": {k: _short(p) for k, p in chosen.items()}, "points": held})
         record.write_figure(out / "pareto.png", draw(held, chosen))
-        record.write_json(
-            locate(model) / "decode.json", {APPLIES[name]: point["options"] for name, point in chosen.items()}
-        )
+        defaults, found = locate(model) / "decode.json", {APPLIES[k]: p["options"] for k, p in chosen.items()}
+        record.write_json(defaults, (record.read_json(defaults) or {}) | found)  # what no sweep is about stays
     return {name: _short(choose([p for p in held if p["sweep"] == name])) for name in sweeps}
 
 

@@ -412,11 +412,11 @@ class Metis:
         return self._speech(wav, len(wav), {"task": "stage2", "seed": seed})
 
     def voice(self, prompt: Source) -> Voice:
-        """A prompt of 0.5 to 20 s, encoded; one that was encoded lately is remembered.
+        """A prompt of 0.5 to 20 s (as released: of any length), encoded; one that was encoded lately is remembered.
 
         Its streams are cut to the frames that both have.  As released they are not: there is one acoustic frame more.
         """
-        wav, wav_16k = self._hear_both(prompt, SHORTEST_PROMPT, LONGEST_PROMPT)
+        wav, wav_16k = self._hear_both(prompt, SHORTEST_PROMPT, LONGEST_INPUT if self.compat else LONGEST_PROMPT)
         if self._small:  # as the speech that it was trained on: stage 2 follows the level
             wav = torch.from_numpy(audio.level(audio.trim(wav.numpy(), AUDIO_RATE)))
             wav_16k = audio.resample(wav, AUDIO_RATE, SSL_RATE)
@@ -530,6 +530,8 @@ class Metis:
             raise MetisError(f"unknown task {task!r}; choose one of {', '.join(SOURCES)}")
         by_text = task == "tse" and bool((item or {}).get("text"))
         decode = replace(TASKS[task].decode, cfg=2.5) if by_text else TASKS["tts" if task == "base" else task].decode
+        if task == "l2s" and self.compat:  # its script is missing; the call's own default hides the 0 of the function
+            decode = replace(decode, cfg=2.5)
         paper = self.compat or self.store.config == preset("paper")
         if not self.compat:
             asked = {key: value for key, value in given.items() if value is not None}
@@ -586,7 +588,7 @@ class Metis:
             raise MetisError("text-guided extraction needs both text and prompt_text")
         said, wanted = (self._phones(words, language) for words in (prompt_text, text))
         voice = self.voice(prompt)
-        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, Limits().whole)
+        wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_INPUT if self.compat else Limits().whole)
         return self._heard(wav, wav_16k, voice, texts=(said, wanted), **more)
 
     def _heard(

@@ -39,6 +39,7 @@ from metis_lib.released_files import (
 from metis_lib.stores import IN_DTYPE, PARTS
 from metis_lib.tasks import TASKS
 from metis_lib.tasks import task as task_named
+from metis_lib.tokenizers.chinese import LEXICON, Chinese
 from metis_lib.tokenizers.lips import LipEncoder, read_released_config
 from metis_lib.tokenizers.ssl import SSLEncoder
 from metis_lib.tokenizers.text import PhoneTokenizer
@@ -132,10 +133,13 @@ class Released:
     def find(self, name: str) -> Path | None:
         """A released file in the folder (for a hub id: ``released/`` under METIS_HOME), or None.
 
-        The rank in the name of a LoRA may be another than the published one.
+        The rank in the name of a LoRA may be another than the published one; its adapter is the one that goes with it.
+
+        Raises:
+            MetisError: a folder holds LoRA weights of several ranks for the task, each with its adapter.
         """
         file, beside = FILES[name], self.folder.absolute().parent
-        if file.repo == "amphion/metis" and self.on_hub and self.revision:
+        if file.repo == "amphion/metis" and self.on_hub and self.revision and name != "lips":  # which no hub has
             return None  # which revision lies in the folder nobody can tell
         if file.repo == "amphion/MaskGCT":
             places = [self.folder / file.path, self.folder / "MaskGCT" / file.path, beside / "MaskGCT" / file.path]
@@ -144,11 +148,21 @@ class Released:
         else:
             places = [self.folder / file.path]
             if file.fills in ("lora", "adapter"):
-                ending = "_adapter.safetensors" if file.fills == "adapter" else "[0-9].safetensors"
-                places += sorted((self.folder / file.path).parent.glob(f"metis_{file.task}_lora_*{ending}"))
+                ending = "_adapter" * (file.fills == "adapter")
+                places = [place.with_name(f"{place.stem}{ending}.safetensors") for place in self._lora(file.task)]
             if name == "lips":
                 places.append(self.folder / "vis_model.pth")
         return next((place for place in places if place.is_file()), None)
+
+    def _lora(self, task: str) -> list[Path]:
+        """Places of the LoRA weights of a task, the one to be taken first."""
+        published = self.folder / FILES[f"{task}_lora"].path
+        there = sorted(published.parent.glob(f"metis_{task}_lora_*[0-9].safetensors"))
+        pairs = [place for place in there if place.with_name(f"{place.stem}_adapter.safetensors").is_file()]
+        if len(pairs) > 1:
+            names = ", ".join(place.name for place in pairs)
+            raise MetisError(f"{published.parent} holds several LoRA weights ({names}); leave one there")
+        return pairs or there or [published]
 
     def path(self, name: str) -> Path:
         """A released file or table, downloaded where need be.
@@ -328,8 +342,9 @@ class Released:
         return TaskConfig(name, changes(self.config, name), rank), state
 
     def phones(self) -> PhoneTokenizer:
-        """The released phone table, verified by its hash."""
-        return PhoneTokenizer.from_vocab(self.path("vocab.json"))
+        """The released phone table, verified by its hash; Chinese by the released lexicon where the folder has it."""
+        lexicon = (self.folder / LEXICON).is_file()
+        return PhoneTokenizer.from_vocab(self.path("vocab.json"), Chinese.from_folder(self.folder) if lexicon else None)
 
     def phone_head(self) -> nn.Linear:
         """MetisError: the published SSL encoder has learned no phones."""

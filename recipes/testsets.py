@@ -427,22 +427,24 @@ def _libri2mix(copy: Copy) -> tuple[Rows, int]:
     base = copy.find(*(f"{above}{rate}/test/mix_clean" for rate in rates for above in ("", "Libri2Mix/"))).parent
     said = _test_clean(copy, copy.second)
     voices, fixed, rows = _by_speaker(list(said.values())), dict[tuple[str, str], str](), Rows()
+    seconds = {id: soundfile.info(one.path).duration for id, one in said.items()}
     listed = base / "map_mixture2enrollment"  # lines: mixture, target, s1/MIXTURE or s2/MIXTURE
     for line in listed.read_text(encoding="utf-8").splitlines() if listed.is_file() else []:
-        mixture, who, enrolled = line.split()
-        fixed[mixture, who] = enrolled
+        mixture, who, where = line.split()
+        fixed[mixture, who] = where
     for path in sorted((base / "mix_clean").glob("*.wav")):
         target, _, other = path.stem.partition("_")
         if target not in said or other not in said:
             raise MetisError(f"{copy.second}: no text of {path.stem}; is it the whole LibriSpeech test-clean?")
-        prompts = [x for x in voices[said[target].speaker] if x.id != target]
-        if (path.stem, target) in fixed:
-            part, _, name = fixed[path.stem, target].partition("/")
-            prompt = said[name.split("_")[int(part[1]) - 1]]._replace(path=base / part / f"{name}.wav")
+        prompts = [x for x in voices[said[target].speaker] if x.id != target and seconds[x.id] <= LONGEST_PROMPT]
+        part, _, name = fixed.get((path.stem, target), "").partition("/")
+        enrolled = said[name.split("_")[int(part[1]) - 1]] if part else None  # as it was read: in max it is padded
+        if enrolled and seconds[enrolled.id] <= LONGEST_PROMPT:
+            prompt = enrolled
         elif prompts:
             prompt = copy.draw(prompts)
         else:
-            raise MetisError(f"{copy.second}: no second utterance of the reader of {target} for a prompt")
+            raise MetisError(f"{copy.second}: no other short utterance of the reader of {target} for a prompt")
         rows.append(_prompted(said[target], prompt) | {
             "id": path.stem, "noisy": path, "clean": base / "s1" / path.name, "interferer": base / "s2" / path.name,
             "interferer_speaker": said[other].speaker, "subset": base.parent.relative_to(base.parents[2]).as_posix(),

@@ -285,11 +285,15 @@ def test_failed_metrics_are_null_with_a_reason_and_are_counted(tmp_path: Path) -
     for system, reason in (("noisy", "silent"), ("nsnet2", "no audio: .*silent")):
         good, bad = report.read_rows(tmp_path / "out", "se", system)
         assert good["wer"] is not None and good["stoi"] is not None and good["wer_10db"] == good["wer"]
+        words = {"wer", "wer_10db", "wer_corpus", "cer", "wer_seedtts"} if system == "noisy" else set()
         for key in metrics.TASKS["se"]["metrics"]:
+            if key in words:  # there was audio, and no word in it
+                assert bad[key] == 1.0
+                continue
             assert bad[key] is None
             assert re.search(reason, bad[f"{key}_error"])
-        for entry in result.summary[system].values():
-            assert (entry["n"], entry["n_failed"], entry["ci95"]) == (1, 1, None)
+        for key, entry in result.summary[system].items():
+            assert key in words or (entry["n"], entry["n_failed"], entry["ci95"]) == (1, 1, None)
 
 
 class Loudness(judges.Judge):
@@ -804,11 +808,12 @@ def test_a_row_says_where_the_sound_of_a_nested_id_lies(tmp_path: Path) -> None:
     assert tmp_path / "se" / "nano" / row["audio"] == made
 
 
-def test_what_no_judge_could_hear_is_judged_by_the_next_run(tmp_path: Path, monkeypatch: Any) -> None:
-    """Done is a notebook whose judges were there."""
+@pytest.mark.parametrize("reason", [judges.ABSENT, judges.BROKE])
+def test_what_no_judge_could_hear_is_judged_by_the_next_run(tmp_path: Path, monkeypatch: Any, reason: str) -> None:
+    """Done is a notebook whose judges were there and did not break off."""
     entry = {"mean": 1.0, "ci95": None, "n": 1, "n_failed": 0, "protocol": metrics.WER}
     row = {"id": speech()[0].id, "system": "noisy", "seed": None, "heard": None, "wer": None, "audio": None}
-    row["wer_error"] = f"{judges.ABSENT}: no network"
+    row["wer_error"] = f"{reason}: no network"
     folder, runs = tmp_path / "out", []
 
     def run_notebook(*_: Any) -> None:
@@ -878,5 +883,37 @@ def test_published_weights_are_fetched_before_their_hashes_are_taken(monkeypatch
             asked.append((self.name, task))
 
     monkeypatch.setattr(released, "Released", Place)
-    runner._fetch(["nano", "debug", "amphion/metis"], ["se", "codec"])
+    runner._fetch([("nano", "se"), ("debug", "se"), ("amphion/metis", "se"), ("amphion/metis", "codec")])
     assert asked == [("amphion/metis", "se"), ("amphion/metis", "base")]
+
+
+def test_omni_is_fetched_for_the_rows_that_it_makes(monkeypatch: Any, tmp_path: Path) -> None:
+    wanted: list[tuple[str, str]] = []
+
+    def fetch(rows: Any) -> None:
+        wanted.extend(rows)
+        raise MetisError("enough")
+
+    monkeypatch.setattr(runner, "_fetch", fetch)
+    rows = ["noisy", "nano", "nano-omni", "debug-omni"]
+    with pytest.raises(MetisError, match="enough"):
+        runner.evaluate(["se"], {"se": rows}, "human", tmp_path / "out")
+    assert wanted == [("nano", "se"), ("nano", "se"), ("nano", "omni"), ("debug", "omni")]
+
+
+def test_audio_is_kept_where_a_run_goes_on_with_another_gpu() -> None:
+    about = [systems.Systems("debug", device=device).about("debug") for device in ("cuda:0", "cuda:3", "cpu")]
+    assert about[0] == about[1] != about[2]
+
+
+def test_tokens_are_not_compared_in_one_piece_where_the_source_was_too_long() -> None:
+    class Model:
+        def ssl_tokens(self, _: Any) -> Any:
+            raise AssertionError("all of it at once")
+
+        features = ssl_tokens
+
+    (item,) = speech("se")[:1]
+    measure = systems._measures(Model(), {"a": item})  # type: ignore[arg-type]
+    long = SimpleNamespace(made=[SimpleNamespace(tokens=torch.arange(1600))])
+    assert measure("a", long) == {"codes_used": 1.0}  # type: ignore[arg-type]

@@ -301,7 +301,7 @@ def test_one_failure_does_not_take_the_batch_down(tmp_path: Path) -> None:
     verdicts, judge = scoring.Verdicts(tmp_path / "cache"), Strict()
     found = verdicts.many(judge, [*paths, paths[0]])
     assert [v for v in found if isinstance(v, int)] == [8000, 8003, 8004, 8005, 8000]
-    assert [str(v) for v in found if isinstance(v, MetricFailure)][0] == "out of memory"
+    assert [str(v) for v in found if isinstance(v, MetricFailure)][0] == f"{judges.BROKE}: out of memory"
     assert "not audio" in str(found[2])
     assert (verdicts.computed, verdicts.reused) == (6, 0)
     again = scoring.Verdicts(tmp_path / "cache")
@@ -314,6 +314,11 @@ def test_cuda_in_vain_is_said_and_the_cpu_does_it(capsys: Any) -> None:
     assert "a judge: no CUDA here, so it runs on the CPU" in capsys.readouterr().err
     assert [judges.choose_device(asked, True, "") for asked in ("auto", "cpu", "cuda")] == ["cuda", "cpu", "cuda"]
     assert judges.choose_device("auto", False, "") == "cpu" and not capsys.readouterr().err
+
+
+def test_judges_run_on_the_gpu_that_the_model_was_given() -> None:
+    assert judges.choose_device("cuda:1", True, "") == "cuda:1" and judges.choose_device("cuda:1", False, "") == "cpu"
+    assert [judges.gpu_index(device) for device in ("cuda:1", "cuda", "cpu")] == [1, 0, 0]
 
 
 # --- bad audio through everything ------------------------------------------------------------------------
@@ -359,6 +364,10 @@ def rows(tmp_path_factory: Any) -> dict[str, dict[str, Any]]:
 def test_unusable_audio_is_null_with_a_reason(rows: dict[str, Any], kind: str, reason: str, key: str) -> None:
     import re
 
+    if kind in ("silence", "short") and key in scoring.TEXTS:  # there was audio, and in it no word
+        assert rows[kind][key] == 1.0 and f"{key}_error" not in rows[kind]
+        assert rows[kind]["heard"] == "" and rows[kind]["deletions"] == rows[kind]["words"] > 0
+        return
     assert rows[kind][key] is None
     assert re.search(reason, rows[kind][f"{key}_error"])
 
@@ -537,6 +546,62 @@ def test_wavlm_with_ecapa_from_a_checkpoint_in_the_published_layout(home: Path) 
             paper_judges.WavlmSpeakerJudge("cpu")(clips_16k()[0])
 
 
+def test_verdicts_belong_to_the_weights_of_their_judge(home: Path, tmp_path: Path) -> None:
+    """Weights that were put right are asked again, and a record tells which were asked."""
+
+    class Weighed(paper_judges.WavlmSpeakerJudge):
+        @property
+        def model(self) -> Any:
+            return float((self.folder / self.place[2]).read_text())
+
+        def judge(self, wav_16k: Any) -> Any:
+            return self.model
+
+    audio.write(tmp_path / "a.flac", wave(NAMES[0]), 16_000)
+    place = home / "judges" / "wavlm-large-sv" / "wavlm_large_finetune.pth"
+    place.parent.mkdir(parents=True)
+    found, told = [], []
+    for value in ("1", "22"):
+        place.write_text(value)
+        verdicts = scoring.Verdicts(tmp_path / "cache")
+        found += verdicts.many(Weighed("cpu"), [tmp_path / "a.flac"])
+        told.append(verdicts.weights[Weighed.protocol])
+    assert found == [1.0, 22.0] and len(set(told)) == 2
+    place.unlink()
+    assert Weighed("cpu").identity() == ""
+
+
+def test_judges_come_from_the_hubs_cache_where_the_hub_is_out_of_reach(monkeypatch: Any, home: Path) -> None:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[Any] = []
+
+    def snapshot_download(repository: str, *, local_files_only: bool, **_: Any) -> str:
+        asked.append(local_files_only)
+        if not kept:
+            raise LocalEntryNotFoundError("nothing here")
+        return f"{HF_HUB_CACHE}/models--x/snapshots/{'a' * 40}"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(paper_judges.assets, "reachable", lambda where: where == "https://mirror")
+    kept = True
+    judge = paper_judges.WavlmXVectorJudge("cpu")
+    assert judge.identity() == "a" * 40 and asked == [True]
+    monkeypatch.setenv("HF_ENDPOINT", "https://mirror")
+    assert judge.folder.parent.name == "snapshots" and asked == [True, False]
+    monkeypatch.delenv("HF_ENDPOINT")
+    kept = False
+    with pytest.raises(MetisError, match="not run here: put config.json into .*wavlm-base-plus-sv"):
+        _ = judge.folder
+
+
+def test_a_task_of_ones_own_has_the_judges_of_the_task_that_it_is_like(monkeypatch: Any) -> None:
+    monkeypatch.setattr(paper_judges, "like", lambda task: "se" if task == "declip" else task)
+    voices = [type(paper_judges.choose("paper", task, "cpu")["voice"]).__name__ for task in ("declip", "se", "vc")]
+    assert voices == ["WavlmXVectorJudge", "WavlmXVectorJudge", "WavlmSpeakerJudge"]
+
+
 def test_the_ecapa_head_by_hand(home: Path) -> None:
     """Attentive pooling with equal weights is mean and deviation; a block without weights passes its input."""
     import torch
@@ -570,7 +635,7 @@ def test_optional_packages_are_used_where_they_are_and_named_where_not(home: Pat
     paraformer, nisqa = paper_judges.ParaformerJudge("cpu", "zh"), paper_judges.NisqaJudge("cpu")
     for name in ("funasr", "zhconv", "torchmetrics", "torchmetrics.functional", "torchmetrics.functional.audio"):
         monkeypatch.setitem(sys.modules, name, None)
-    for judge, named in ((paraformer, "funasr and zhconv"), (nisqa, "torchmetrics and librosa")):
+    for judge, named in ((paraformer, "funasr and zhconv"), (nisqa, "torchmetrics, librosa and requests")):
         with pytest.raises(MetricFailure, match=f"not run here: .*{named}"):
             judge(clips_16k()[0])
     for name, file in (("paraformer-zh", "config.yaml"), ("nisqa", "nisqa.tar")):
@@ -586,7 +651,7 @@ def test_optional_packages_are_used_where_they_are_and_named_where_not(home: Pat
     )
     monkeypatch.setitem(sys.modules, "funasr", SimpleNamespace(AutoModel=auto_model))
     monkeypatch.setitem(sys.modules, "zhconv", SimpleNamespace(convert=lambda text, to: f"{text} {to}"))
-    for name in ("torchmetrics", "torchmetrics.functional"):
+    for name in ("torchmetrics", "torchmetrics.functional", "librosa", "requests"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace())
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.audio", SimpleNamespace(nisqa=measured))
     assert paper_judges.ParaformerJudge("cpu", "zh")(clips_16k()[0]) == "paraformer-zh 16000 zh-cn"

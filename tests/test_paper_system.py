@@ -21,6 +21,7 @@ from metis_lib.config import (
     SystemConfig,
 )
 from metis_lib.generation import batches
+from metis_lib.pipeline import LONGEST_INPUT
 from metis_lib.released import Released
 from metis_lib.tokenizers.lips import upsample
 
@@ -289,6 +290,26 @@ def test_both_rates_come_from_one_reading(folder, tmp_path):
 
 
 # ------------------------------------------------------------------ tasks share a base
+
+
+def test_released_prompts_may_be_long(folder, io, monkeypatch):
+    """The released code knows no limit; ours is that of a prompt in memory and in training."""
+    heard = []
+    for compat in ("released", None):
+        metis = system(folder, io, monkeypatch, compat=compat)
+        monkeypatch.setattr(metis, "_hear_both", lambda source, shortest, longest: heard.append(longest) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            metis.voice("prompt.wav")
+        monkeypatch.setattr(metis, "_phones", lambda *_: torch.zeros(1))
+        monkeypatch.setattr(metis, "voice", lambda _: None)
+        with pytest.raises(ZeroDivisionError):
+            metis._tse("mixture.wav", "prompt.wav", "words", "more words")
+    assert heard == [LONGEST_INPUT, LONGEST_INPUT, 20.0, 30.0]
+
+
+def test_lips_are_guided_as_the_released_call_does(folder, io, monkeypatch):
+    asked = [system(folder, io, monkeypatch, compat=compat).options("l2s").stage1.cfg for compat in ("released", None)]
+    assert asked == [2.5, 0.0]
 
 
 def test_lora_takes_turns_in_one_base(folder, io, monkeypatch):

@@ -24,6 +24,7 @@ from metis_lib.config import (
     to_dict,
 )
 from metis_lib.errors import MetisError
+from metis_lib.evaluation import record
 from metis_lib.models import adapt
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
@@ -286,6 +287,44 @@ def narrow(state):
     for key, value in state.items():
         if "lora_A" in key and value.shape[1] == 32:
             state[key] = value[:, :-4]
+
+
+def test_a_lora_goes_with_its_own_adapter(copy):
+    """What else lies beside it is neither taken for it nor preferred to it in silence."""
+    place = copy / "metis_se"
+    published = [place / f"metis_se_lora_32{ending}.safetensors" for ending in ("", "_adapter")]
+    own = [place / f"metis_se_lora_16{ending}.safetensors" for ending in ("", "_adapter")]
+    released = Released(copy)
+    assert [released.find(name) for name in ("se_lora", "se_adapter")] == published
+    for old, new in zip(published, own, strict=True):
+        shutil.copy(old, new)
+    for name in ("se_lora", "se_adapter"):
+        with pytest.raises(MetisError, match="several LoRA weights .*lora_16.*lora_32.*leave one"):
+            released.find(name)
+    published[0].unlink()  # its adapter is left, and fits by its shapes
+    assert [released.find(name) for name in ("se_lora", "se_adapter")] == own
+    own[1].unlink()
+    assert released.find("se_lora") == own[0] and released.find("se_adapter") is None
+
+
+def test_lips_are_found_beside_a_pinned_revision(tmp_path, monkeypatch):
+    """They are on no hub; of what is there, which revision lies in the folder nobody can tell."""
+    home = tmp_path / "home" / "released"
+    for path in ("metis_l2s/vis_model.pth", "metis_se/metis_se.safetensors"):
+        (home / path).parent.mkdir(parents=True)
+        (home / path).touch()
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    pinned = Released("amphion/metis@0123abc")
+    assert pinned.find("lips") == home / FILES["lips"].path and pinned.find("se_full") is None
+
+
+def test_chinese_is_read_by_the_lexicon_of_the_folder(copy):
+    pytest.importorskip("jieba")
+    plain = Released(copy).phones().phones("长大", "zh")
+    before = record.checkpoint_hashes(str(copy))["config_sha256"]
+    (copy / "chinese_lexicon.txt").write_text("长大 chang2 da4\n", encoding="utf-8")
+    assert Released(copy).phones().phones("长大", "zh") != plain
+    assert record.checkpoint_hashes(str(copy))["config_sha256"] != before
 
 
 LORA = "model.diff_estimator.layers.0.self_attn.q_proj.lora_A.default.weight"

@@ -53,8 +53,10 @@ def make_run(folder: Path, *, tasks: tuple[str, ...] = ("tts",), sound: bool = T
                 audio.write(path, 0.1 * np.sin(2 * np.pi * pitch * np.arange(8000) / 16_000), 16_000)
         summary[task] = runner.save(rows, task, folder)
     settings = {"checkpoint": "mymodel", "options": {"cfg": changes.pop("cfg", None)}}
+    settings |= {"dtype": changes.pop("dtype", "float32")}
+    items = changes.pop("items", 6)
     about = {"commit": "c" * 40, "dirty": False, "manifest_sha256": "m" * 64, "checkpoint": "mymodel", "seeds": [0]}
-    about |= {"tasks": {task: {"settings": settings} for task in tasks}, "limit": None}
+    about |= {"tasks": {task: {"settings": settings, "items": items} for task in tasks}, "limit": None}
     record.write_json(folder / "summary.json", summary)
     record.write_json(folder / "run.json", about | changes)
     return folder
@@ -292,7 +294,7 @@ def test_our_numbers_stand_beside_with_daggers_in_four_formats(tmp_path: Path) -
 
 
 def test_the_same_judge_and_test_set_bear_no_dagger(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run", tasks=("se",), sound=False, testset="/somewhere/dns2020-real")
+    folder = make_run(tmp_path / "run", tasks=("se",), sound=False, testset="/somewhere/dns2020-real", items=300)
     found = paper.records(paper.tables()[3], [paper.read_run(folder)])
     ours = {(one["test_set"], one["metric"]): one for one in found if one["of"] == "run" and one["system"] == "mymodel"}
     assert (
@@ -302,6 +304,31 @@ def test_the_same_judge_and_test_set_bear_no_dagger(tmp_path: Path) -> None:
     assert not ours["DNS 2020 with reverb", "sig"]["same_test_set"]
     with pytest.raises(MetisError, match="no finished run"):
         paper.read_run(tmp_path)
+
+
+def test_a_part_of_a_test_set_or_prompts_of_our_own_bear_a_dagger(tmp_path: Path) -> None:
+    """A copy that is not whole (--allow-count) has the name of the set and is not the set."""
+    few = make_run(tmp_path / "few", tasks=("se",), sound=False, testset="dns2020-real", items=5)
+    found = paper.records(paper.tables()[3], [paper.read_run(few)])
+    assert not any(one["same_test_set"] for one in found if one["of"] == "few")
+    lips = make_run(tmp_path / "lips", tasks=("l2s",), sound=False, testset="lrs3", items=1321)
+    found = [one for one in paper.records(paper.tables()[4], [paper.read_run(lips)]) if one["of"] == "lips"]
+    marks = {one["metric"]: one["same_test_set"] for one in found if one["test_set"] == "LRS3 test"}
+    assert not marks.pop("sim") and marks["wer"]
+    places = json.loads((ROOT / "recipes" / "testsets.json").read_text())
+    known = {name: about["items"] for name, about in paper.index()["testsets"].items() if about["published"]}
+    assert known == {name: places[name]["official"] for name in known}
+
+
+def test_rows_of_ours_say_how_they_were_decoded(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", tasks=("vc",), sound=False, testset="vctk", cfg=2.0, dtype="bfloat16")
+    table = paper.tables()[1]
+    found = paper.records(table, [paper.read_run(run)])
+    frame, _ = paper.beside(table, found)
+    assert "mymodel (ours, cfg 2.0, bfloat16, n = 6 ‡)" in set(frame["system"])
+    assert {one["how"] for one in found if one["of"] == "run"} == {"cfg 2.0, bfloat16"}
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    assert "--tasks vc --testset vctk --model amphion/metis --judges paper --option cfg=0" in page
 
 
 def test_nisqa_is_the_papers_only_where_its_rate_is_known() -> None:

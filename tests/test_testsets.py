@@ -310,7 +310,25 @@ def test_libri2mix_takes_a_list_of_prompts_where_there_is_one(tmp_path: Path) ->
     lines = f"{MIXTURES[0]} 4077-100-0000 s1/{MIXTURES[0]}\n{MIXTURES[1]} 5142-100-0002 s2/{MIXTURES[0]}\n"
     (tmp_path / "copy/Libri2Mix/wav16k/max/test/map_mixture2enrollment").write_text(lines)
     prompt = prepared("libri2mix", tmp_path)[1]
-    assert prompt.prompt and prompt.prompt.parent.name == "s2" and prompt.prompt_text == "reader 5142 says number 2"
+    assert prompt.prompt and prompt.prompt_text == "reader 5142 says number 2"
+    assert prompt.prompt.name == "5142-100-0002.flac", "as it was read: the mixture's copy is padded"
+
+
+def test_prompts_of_libri2mix_are_short_enough_to_be_used(tmp_path: Path) -> None:
+    def lengthen(second: Path) -> None:
+        for speaker in ("4077", "5142"):
+            for i in range(3):
+                save(second / f"LibriSpeech/test-clean/{speaker}/100/{speaker}-100-{i:04d}.flac", 25.0, i)
+
+    libri2mix(tmp_path / "copy")
+    lengthen(tmp_path / "second")
+    listed = f"{MIXTURES[1]} 5142-100-0002 s2/{MIXTURES[0]}\n"  # SpeakerBeam's list asks for one that is too long
+    (tmp_path / "copy/Libri2Mix/wav16k/max/test/map_mixture2enrollment").write_text(listed)
+    copy = testsets.Copy(SETS["libri2mix"], tmp_path / "copy", tmp_path / "second", tmp_path / "out",
+                         np.random.default_rng(0))  # fmt: skip
+    rows, _ = testsets._libri2mix(copy)
+    prompts = [soundfile.info(row["prompt"]).duration for row in rows]
+    assert len(prompts) == 2 and max(prompts) <= testsets.LONGEST_PROMPT
 
 
 @pytest.mark.parametrize("loud", [1.0, 3.0])

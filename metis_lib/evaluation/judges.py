@@ -29,13 +29,22 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 ABSENT = "the judge is not available"
 """How the reason begins why a judge, or the package that it is in, could not say anything of any clip."""
+BROKE = "the judge broke off"
+"""How the reason begins why a judge that was there said nothing of a clip which it did not refuse (no memory, say)."""
 
 
 def choose_device(asked: str, has_cuda: bool, who: str) -> str:
-    """``cuda`` or ``cpu`` for ``auto``, ``cpu`` or ``cuda``; a note on stderr where CUDA is asked for in vain."""
+    """``cuda`` (``cuda:1`` where that is asked for) or ``cpu``; a note on stderr where CUDA is asked for in vain."""
     if asked.startswith("cuda") and not has_cuda:
         assets.say(f"{who}: no CUDA here, so it runs on the CPU")
-    return "cuda" if has_cuda and asked != "cpu" else "cpu"
+    if not has_cuda or asked == "cpu":
+        return "cpu"
+    return asked if asked.startswith("cuda") else "cuda"
+
+
+def gpu_index(device: str) -> int:
+    """The number of the GPU of :func:`choose_device`, for libraries that want it by itself."""
+    return int(device.partition(":")[2] or 0)
 
 
 def has_cublas() -> bool:
@@ -61,8 +70,9 @@ def _onnx(asset: str, filename: str, device: str = "cpu") -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # kind to a busy machine
     has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    cuda = device != "cpu" and choose_device(device, has_cuda, filename) == "cuda"
-    providers = [*(["CUDAExecutionProvider"] if cuda else []), "CPUExecutionProvider"]
+    place = "cpu" if device == "cpu" else choose_device(device, has_cuda, filename)
+    cuda = [("CUDAExecutionProvider", {"device_id": gpu_index(place)})] * (place != "cpu")
+    providers = [*cuda, "CPUExecutionProvider"]
     return onnxruntime.InferenceSession(assets.fetch(asset) / filename, options, providers=providers)
 
 
@@ -89,6 +99,10 @@ class Judge:
     def __init__(self, device: str = "auto", language: str = "en") -> None:
         self.device, self.language = device, language
 
+    def identity(self) -> str:
+        """What tells its weights from others of the same layout; empty for those that come by their hash."""
+        return ""
+
     def __call__(self, wav_16k: Wave) -> Any:
         verdict = self.many([wav_16k])[0]
         if isinstance(verdict, MetricFailure):
@@ -107,7 +121,7 @@ class Judge:
         except MetricFailure as failure:
             found = [failure] * len(good) if self._unavailable or len(good) == 1 else self._singly(wavs_16k, good)
         except Exception as error:  # of somebody else's library: whatever it is, it is this clip's alone
-            found = [reason_of(error)] if len(good) == 1 else self._singly(wavs_16k, good)
+            found = [reason_of(error, BROKE)] if len(good) == 1 else self._singly(wavs_16k, good)
         for place, verdict in zip(good, found, strict=True):
             verdicts[place] = verdict
         return verdicts
@@ -146,9 +160,10 @@ class Judge:
             torch.cuda.empty_cache()
 
 
-def reason_of(error: Exception) -> MetricFailure:
+def reason_of(error: Exception, beginning: str = "") -> MetricFailure:
     """Somebody else's exception as the reason of a missing number, in one line."""
-    return MetricFailure((str(error) or type(error).__name__).splitlines()[0])
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return MetricFailure(f"{beginning}: {reason}" if beginning else reason)
 
 
 class WhisperJudge(Judge):
@@ -174,9 +189,10 @@ class WhisperJudge(Judge):
         if has_cuda and self.device != "cpu" and not (has_cuda := has_cublas()):
             assets.say("whisper-base: no libcublas.so.12, so it runs on the CPU (docs/install.md)")
         device = choose_device(self.device, has_cuda, "whisper-base")
-        self.batched = device == "cuda"
+        self.batched = device != "cpu"
         return WhisperModel(
-            str(assets.fetch("whisper-base")), device=device, compute_type="int8", local_files_only=True,
+            str(assets.fetch("whisper-base")), device=device.partition(":")[0], device_index=gpu_index(device),
+            compute_type="int8", local_files_only=True,
             cpu_threads=max(1, CORES // self.workers), num_workers=1 if self.batched else self.workers,
         )  # fmt: skip
 

@@ -84,6 +84,10 @@ class MetricFailure(Exception):
     """A metric could not be computed; the message is the reason that is written beside the ``null``."""
 
 
+class Unheard(MetricFailure):
+    """There is nothing to hear: silence, or too little sound.  For word errors that is a verdict: no word was said."""
+
+
 def protocol(key: str, judges: str = "offline", task: str = "") -> str:
     """Protocol id of a metric under a set of judges (``offline`` or ``paper``) in a task."""
     spec = SPECS[key]
@@ -97,9 +101,9 @@ def check(wav: Wave, shortest: float = SHORTEST) -> None:
     if not len(wav) or not np.isfinite(wav).all():
         raise MetricFailure("the audio is empty or not finite")
     if not np.any(wav):
-        raise MetricFailure("the audio is silent")
+        raise Unheard("the audio is silent")
     if len(wav) < shortest * JUDGE_RATE:
-        raise MetricFailure(f"{len(wav) / JUDGE_RATE:.2f} s is too short; at least {shortest:g} s of audio are needed")
+        raise Unheard(f"{len(wav) / JUDGE_RATE:.2f} s is too short; at least {shortest:g} s of audio are needed")
 
 
 # --- text ------------------------------------------------------------------------------------------------

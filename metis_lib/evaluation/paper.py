@@ -97,12 +97,24 @@ def records(table: dict[str, Any], runs: Sequence[Run] = ()) -> list[dict[str, A
                     found.append(mine | shown | {"value": row["values"][column["key"]]})
         for run in (run for run in runs if _language(run) == about["language"]):
             used = [c for c in columns if any(row["values"].get(c["key"]) for row in part["rows"])]
-            same_set = about["published"] and _testset(run) == part["testset"] and not run.about.get("limit")
             task = part.get("task") or table["task"]
+            count, how = _how(run, task)
+            same_set = about["published"] and _testset(run) == part["testset"] and count == about["items"]
             for system, entries in run.summary.get(task, {}).items():
-                mine = base | {"of": run.name, "system": system, "data": None, "same_test_set": same_set}
-                found += [mine | ours for column in used if (ours := _ours(column, entries, task))]
+                mine = base | {"of": run.name, "system": system, "data": None, "how": how}
+                for column in used:
+                    same = {"same_test_set": same_set and column["key"] not in about.get("drawn", ())}
+                    found += [mine | same | ours] if (ours := _ours(column, entries, task)) else []
     return found
+
+
+def _how(run: Run, task: str) -> tuple[int | None, str]:
+    """How many items a run had of a task, and how it decoded where that was not left to the defaults."""
+    about = (run.about.get("tasks") or {}).get(task) or {}
+    settings = about.get("settings") or {}
+    dtype = settings.get("dtype") or "float32"
+    told = [f"{name} {value}" for name, value in (settings.get("options") or {}).items() if value is not None]
+    return about.get("items"), ", ".join(told + [dtype] * (dtype != "float32"))
 
 
 def _testset(run: Run) -> str:
@@ -159,7 +171,8 @@ def beside(table: dict[str, Any], found: Sequence[dict[str, Any]]) -> tuple[Data
                 label_ours = " ".join(x for x in (column["label"], column["unit"], "ours") if x)
                 name = f"{label_ours}{'' if one['same_judge'] else ' †'} {one['protocol']}"
                 mark = "" if one["same_test_set"] else " ‡"
-                who = f"{one['of'] + ': ' if several else ''}ours, n = {one['n'] + one['n_failed']}{mark}"
+                how = f", {one['how']}" * bool(one["how"])
+                who = f"{one['of'] + ': ' if several else ''}ours{how}, n = {one['n'] + one['n_failed']}{mark}"
                 row = (one["test_set"], f"{one['system']} ({who})", "")
                 if one["system"] in _TRUTHS and one["test_set"] in truths and not several:
                     row, text = (one["test_set"], TRUTH, ""), f"{text}{mark}"
@@ -255,7 +268,7 @@ def to_csv(found: Sequence[dict[str, Any]]) -> str:
     """One line a number, for machines; ``of`` is ``paper`` or the name of our run."""
     keys = ("table", "test_set", "of", "system", "data", "metric", "value", "low", "high", "n", "n_failed", "protocol")
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*keys, "same_judge", "same_test_set"], lineterminator="\n")
+    writer = csv.DictWriter(text, [*keys, "same_judge", "same_test_set", "how"], lineterminator="\n")
     writer.writeheader()
     writer.writerows(found)
     return text.getvalue()

@@ -7,6 +7,7 @@ Clips are float32 ``[S]`` at 16 kHz; see :class:`metis_lib.evaluation.judges.Jud
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from torch import Tensor, nn
 from metis_lib import assets
 from metis_lib.compat import prepare_torchaudio
 from metis_lib.errors import MetisError
+from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import DnsmosJudge, Judge, SpeakerJudge, WhisperJudge, torch_device
 from metis_lib.evaluation.metrics import JUDGE_RATE, Wave, protocol
+from metis_lib.tasks import like
 
 SETS = ("offline", "paper")
 
@@ -34,13 +37,17 @@ def weights(name: str, repository: str = "", file: str = "") -> Path:
     folder = assets.metis_home() / "judges" / name
     if (folder / file).exists() and folder.is_dir():
         return folder
-    hub = "https://huggingface.co"
-    if repository and assets.reachable(hub):
+    hub = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    if repository:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        try:
-            twice = ["*.bin"] * ("whisper" in repository)  # it has the same as safetensors
-            return Path(snapshot_download(repository, ignore_patterns=[*twice, "*.msgpack", "*.h5", "*fp32*"]))
+        twice = ["*.bin"] * ("whisper" in repository)  # it has the same as safetensors
+        left, kept = [*twice, "*.msgpack", "*.h5", "*fp32*"], not assets.reachable(hub)
+        try:  # what the hub's client keeps serves where the hub is out of reach
+            return Path(snapshot_download(repository, local_files_only=kept, ignore_patterns=left))
+        except LocalEntryNotFoundError:
+            pass
         except (OSError, ValueError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise MetisError(f"{name} is not in {folder}, and {repository} cannot be fetched ({reason})") from error
@@ -48,16 +55,39 @@ def weights(name: str, repository: str = "", file: str = "") -> Path:
     raise MetisError(f"not run here: put {file or name} into {folder} ({where})")
 
 
+class PaperJudge(Judge):
+    """A judge whose weights its user puts there: ``place`` is what :func:`weights` takes."""
+
+    place: tuple[str, str, str]
+
+    @property
+    def folder(self) -> Path:
+        """Where its weights are; MetisError where they are not."""
+        return weights(*self.place)
+
+    def identity(self) -> str:
+        """The hub's commit, or a hash of the files; empty where they are not (it says so when it is to judge)."""
+        try:
+            folder, (_, repository, file) = self.folder, self.place
+        except MetisError:
+            return ""
+        if folder.parent.name == "snapshots":
+            return folder.name
+        files = [path for path in folder.rglob("*" if repository else file) if ".cache" not in path.parts]
+        return record.sha256_named({path.relative_to(folder).as_posix(): path for path in files}) or ""
+
+
 # --- words -----------------------------------------------------------------------------------------------
 
 
-class WhisperLargeJudge(Judge):
+class WhisperLargeJudge(PaperJudge):
     """whisper-large-v3 by transformers as seed-tts-eval uses it: float32, greedy, no timestamps, first 30 s.
 
     Every clip is padded to 30 s anyway, so that a batch hears what single clips would.
     """
 
     protocol = protocol("wer", "paper")
+    place = ("whisper-large-v3", "openai/whisper-large-v3", "config.json")
     batch = 8
 
     @functools.cached_property
@@ -65,7 +95,7 @@ class WhisperLargeJudge(Judge):
         prepare_torchaudio()
         from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-        folder = weights("whisper-large-v3", "openai/whisper-large-v3", "config.json")
+        folder = self.folder
         network = WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         device = torch_device(self.device, "whisper-large-v3")
         return WhisperProcessor.from_pretrained(folder), network.eval().to(device)
@@ -84,13 +114,14 @@ class WhisperLargeJudge(Judge):
         return [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
 
 
-class ParaformerJudge(Judge):
+class ParaformerJudge(PaperJudge):
     """FunASR's paraformer-zh and zhconv to zh-cn, as seed-tts-eval: what was said in Chinese.
 
     Both are optional packages (``pip install funasr zhconv`` in an environment of their own).
     """
 
     protocol = f"{protocol('wer', 'paper')}:zh"
+    place = ("paraformer-zh", "funasr/paraformer-zh", "config.yaml")
     batch = 1
 
     @functools.cached_property
@@ -100,9 +131,8 @@ class ParaformerJudge(Judge):
             from zhconv import convert
         except ImportError as error:
             raise MetisError(f"not run here: paraformer-zh needs funasr and zhconv ({error})") from error
-        folder = weights("paraformer-zh", "funasr/paraformer-zh", "config.yaml")
         device = torch_device(self.device, "paraformer-zh")
-        return AutoModel(model=str(folder), device=device, disable_update=True), convert
+        return AutoModel(model=str(self.folder), device=device, disable_update=True), convert
 
     def judge(self, wav_16k: Wave) -> str:
         network, convert = self.model
@@ -275,25 +305,26 @@ def load_wavlm_ecapa(path: Path) -> WavlmEcapa:
     return network.eval()
 
 
-class WavlmSpeakerJudge(Judge):
+class WavlmSpeakerJudge(PaperJudge):
     """The paper's SIM: WavLM-large, fine-tuned, and ECAPA-TDNN; 256 numbers of one whole clip at a time."""
 
     protocol = protocol("sim_prompt", "paper")
+    place = ("wavlm-large-sv", "", "wavlm_large_finetune.pth")
     shortest = 0.25
 
     @functools.cached_property
     def model(self) -> Any:
-        file = "wavlm_large_finetune.pth"
-        return load_wavlm_ecapa(weights("wavlm-large-sv", file=file) / file).to(torch_device(self.device, "WavLM"))
+        return load_wavlm_ecapa(self.folder / self.place[2]).to(torch_device(self.device, "WavLM"))
 
     def judge(self, wav_16k: Wave) -> list[float]:
         return _embedding(self.model, wav_16k, lambda found: found)
 
 
-class WavlmXVectorJudge(Judge):
+class WavlmXVectorJudge(PaperJudge):
     """The paper's SIM of speech enhancement: microsoft/wavlm-base-plus-sv, x-vector of one whole clip at a time."""
 
     protocol = protocol("sim_target", "paper", "se")
+    place = ("wavlm-base-plus-sv", "microsoft/wavlm-base-plus-sv", "config.json")
     shortest = 0.25
 
     @functools.cached_property
@@ -301,8 +332,8 @@ class WavlmXVectorJudge(Judge):
         prepare_torchaudio()
         from transformers import WavLMForXVector
 
-        folder = weights("wavlm-base-plus-sv", "microsoft/wavlm-base-plus-sv", "config.json")
-        return WavLMForXVector.from_pretrained(folder).eval().to(torch_device(self.device, "wavlm-base-plus-sv"))
+        network = WavLMForXVector.from_pretrained(self.folder).eval()
+        return network.to(torch_device(self.device, "wavlm-base-plus-sv"))
 
     def judge(self, wav_16k: Wave) -> list[float]:
         return _embedding(self.model, wav_16k, lambda found: found.embeddings)
@@ -319,19 +350,22 @@ def _embedding(network: nn.Module, wav_16k: Wave, pick: Callable[[Any], Tensor])
 # --- quality ---------------------------------------------------------------------------------------------
 
 
-class NisqaJudge(Judge):
+class NisqaJudge(PaperJudge):
     """NISQA v2.0's overall opinion score by torchmetrics (optional, with librosa), of the clip at 16 kHz."""
 
     protocol = protocol("nisqa", "paper")
+    place = ("nisqa", "", "nisqa.tar")
     batch = 1
 
     @functools.cached_property
     def model(self) -> Any:
         try:
+            import librosa  # noqa: F401 (torchmetrics asks for both at its first clip)
+            import requests  # noqa: F401
             from torchmetrics.functional.audio import nisqa
         except ImportError as error:
-            raise MetisError(f"not run here: NISQA needs torchmetrics and librosa ({error})") from error
-        return nisqa, str(weights("nisqa", file="nisqa.tar"))
+            raise MetisError(f"not run here: NISQA needs torchmetrics, librosa and requests ({error})") from error
+        return nisqa, str(self.folder)
 
     def judge(self, wav_16k: Wave) -> dict[str, float]:
         nisqa, folder = self.model
@@ -358,7 +392,7 @@ def choose(judges: str, task: str, device: str, languages: Sequence[str] = ("en"
             "voice": SpeakerJudge(device), "opinion": DnsmosJudge(device),
         }  # fmt: skip
     hears = {language: ParaformerJudge if language == "zh" else WhisperLargeJudge for language in languages}
-    voice = WavlmXVectorJudge if task == "se" else WavlmSpeakerJudge
+    voice = WavlmXVectorJudge if like(task) == "se" else WavlmSpeakerJudge
     return {
         **{f"words:{language}": hears[language](device, language) for language in languages},
         "voice": voice(device), "opinion": DnsmosJudge(device), "quality": NisqaJudge(device),

@@ -24,6 +24,8 @@ _VERSIONS = (
     *("torch", "transformers", "peft", "speechbrain", "faster-whisper", "ctranslate2", "onnxruntime", "pesq"),
     *("pystoi", "jiwer", "whisper-normalizer", "praat-parselmouth", "zhon", "numpy", "scipy", "soxr", "papermill"),
 )
+_OPTIONAL = ("torchmetrics", "librosa", "funasr", "zhconv")
+"""Packages of the paper's judges: told of where they are."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -130,13 +132,14 @@ def _released_hashes(where: str) -> dict[str, Any]:
 
     from metis_lib.released import Released
     from metis_lib.released_files import FILES, TABLES
+    from metis_lib.tokenizers.chinese import LEXICON
 
     place = Released(where, local_files_only=True)
     weights = {name: path for name in FILES if (path := place.find(name))}
-    configs = {name: place.folder / name for name in ("config.json", *TABLES)}
+    configs = {name: place.folder / name for name in ("config.json", LEXICON, *TABLES)}
     if "lips" in weights:
         configs["lips"] = weights["lips"].with_suffix(".json")
-    found: dict[str, Any] = {"checkpoint_sha256": _sha256_named(weights), "config_sha256": _sha256_named(configs)}
+    found: dict[str, Any] = {"checkpoint_sha256": sha256_named(weights), "config_sha256": sha256_named(configs)}
     found["variants"] = dict[str, str]()
     for task in dict.fromkeys(file.task for file in FILES.values() if file.task):
         with contextlib.suppress(MetisError):  # the variant that the name tells is not one of this task
@@ -155,7 +158,7 @@ def _released_hashes(where: str) -> dict[str, Any]:
     return found
 
 
-def _sha256_named(paths: dict[str, Path]) -> str | None:
+def sha256_named(paths: dict[str, Path]) -> str | None:
     """SHA-256 over names and contents of the files that are there; None where there is none."""
     stats = {name: path.stat() for name, path in paths.items() if path.is_file()}
     hashes = {name: _sha256_unchanged(paths[name], s.st_size, s.st_mtime_ns) for name, s in stats.items()}
@@ -190,7 +193,8 @@ def provenance(checkpoint: str, manifest: Path) -> dict[str, Any]:
     return {
         "commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes),
         **checkpoint_hashes(checkpoint), "manifest_sha256": sha256_file(manifest),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _VERSIONS},
+                     **{name: found for name in _OPTIONAL if (found := _version(name))}},
     }  # fmt: skip
 
 
@@ -203,7 +207,8 @@ def peak_memory() -> dict[str, int]:
     scale = 1 if sys.platform == "darwin" else 1024
     peak = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        peak["peak_device_memory_bytes"] = int(torch.cuda.max_memory_allocated())
+        used = map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count()))
+        peak["peak_device_memory_bytes"] = int(max(used))
     return peak
 
 

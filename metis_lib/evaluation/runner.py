@@ -25,7 +25,7 @@ from unittest import mock
 from metis_lib.data.store import write_jsonl
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report, statistics
-from metis_lib.evaluation.judges import ABSENT
+from metis_lib.evaluation.judges import ABSENT, BROKE
 from metis_lib.evaluation.metrics import TASKS, TaskSummary
 from metis_lib.evaluation.scoring import Verdicts, score
 from metis_lib.evaluation.statistics import summarise
@@ -38,6 +38,7 @@ from metis_lib.evaluation.systems import (
     label,
     load_items,
     produce,
+    split_name,
     tasks_of,
     testset_folder,
 )
@@ -111,6 +112,7 @@ def run_task(
         "settings_sha256": record.sha256_of(settings), "items": len(items),
         "bootstrap": {"units": units, "resamples": statistics.RESAMPLES, "interval": statistics.INTERVAL},
         "device": used, "verdicts": {"computed": verdicts.computed, "reused": verdicts.reused},
+        "judge_weights": verdicts.weights,
         "wall_s": round(time.perf_counter() - started, 2), **record.peak_memory(),
         **record.provenance(checkpoint, testset_folder(testset) / "manifest.jsonl"),
         "checkpoints": {name: record.checkpoint_hashes(name) for name in checkpoints_of(task, chosen)},
@@ -240,22 +242,22 @@ def unit_key(task: str, parameters: Mapping[str, Any], checkpoint: str, manifest
     return record.sha256_of([given, hashes, record.code_hash("."), record.task_files(), weights])
 
 
-def _fetch(checkpoints: Iterable[str], tasks: Iterable[str]) -> None:
-    """Get published weights before hashes are taken of them, and where one sees it."""
+def _fetch(wanted: Iterable[tuple[str, str]]) -> None:
+    """Get published weights (of a checkpoint for a task) before hashes are taken of them, and where one sees it."""
     from metis_lib.checkpoints import own_system
     from metis_lib.released import Released
 
-    for name in checkpoints:
+    for name, task in wanted:
         if name != "debug" and not name.startswith("random-") and not own_system(name):
             place = Released(name)
-            for task in tasks:
-                place.require(like(task) if like(task) in place.tasks else "base")
+            place.require(like(task) if like(task) in place.tasks else "base")
 
 
 def _unjudged(folder: Path) -> bool:
-    """Whether a judge or its package was not to be had: the next run asks again (audio and verdicts are kept)."""
+    """Whether a judge or its package was not to be had, or broke off: the next run asks again (audio and verdicts are
+    kept)."""
     found = (path.read_text(encoding="utf-8") for path in folder.rglob("utterances.jsonl"))
-    return any(ABSENT in text for text in found)
+    return any(reason in text for text in found for reason in (ABSENT, BROKE))
 
 
 def evaluate(
@@ -301,7 +303,8 @@ def evaluate(
     if not chosen or not seeds or len(set(seeds)) < len(seeds):
         raise MetisError("name at least one task and one seed, each once")
     for task, names in chosen.items():
-        _fetch({checkpoint, *checkpoints_of(task, names)} if task != "omni" else {checkpoint}, [task])
+        rows = [split_name(name) for name in names if task in TASKS and name not in TASKS[task]["systems"]]
+        _fetch([(checkpoint, task), *((name, "omni" if ending else task) for name, ending in rows)])
     free: queue.Queue[str] = queue.Queue()
     for name in devices_of(device):
         free.put(name)

@@ -12,9 +12,10 @@ import soundfile
 
 from metis_lib import audio
 from metis_lib.assets import metis_home
+from metis_lib.errors import MetisError
 from metis_lib.evaluation import metrics, record
-from metis_lib.evaluation.judges import ABSENT, DnsmosJudge, Judge, reason_of
-from metis_lib.evaluation.metrics import JUDGE_RATE, SPECS, TASKS, MetricFailure
+from metis_lib.evaluation.judges import ABSENT, BROKE, DnsmosJudge, Judge, reason_of
+from metis_lib.evaluation.metrics import JUDGE_RATE, SPECS, TASKS, MetricFailure, Unheard
 from metis_lib.evaluation.paper_judges import choose
 from metis_lib.evaluation.systems import Clip
 from metis_lib.notebook import progress
@@ -48,6 +49,8 @@ class Verdicts:
         self._code = record.code_hash(*_CODE)
         self._hash = functools.cache(record.sha256_file)
         self._memory: dict[str, Any] = {}
+        self.weights: dict[str, str] = {}
+        """Of judges whose weights their users put there: protocol to what tells them from others."""
 
     def get(self, protocol: str, judge: Callable[..., Any], *paths: Path) -> Any:
         """What ``judge`` says of the recordings at ``paths`` (16 kHz arrays), or the MetricFailure that it raised."""
@@ -58,7 +61,8 @@ class Verdicts:
             except ImportError as error:
                 self._keep(protocol, key, MetricFailure(f"{ABSENT}: {error}"))
             except Exception as error:  # of whatever library: one file's failure is its own
-                self._keep(protocol, key, reason_of(error))
+                refused = isinstance(error, (MetricFailure, MetisError))
+                self._keep(protocol, key, reason_of(error, "" if refused else BROKE))
         return self._memory[key]
 
     def many(self, judge: Judge, paths: Sequence[Path], label: str = "") -> list[Any]:
@@ -67,22 +71,24 @@ class Verdicts:
         Recordings are read and judged ``judge.batch`` at a time, equal ones once; verdicts are kept batch by batch.
         """
         protocol = judge.protocol if judge.language == "en" else f"{judge.protocol}:{judge.language}"
-        keys = [self._key(protocol, path) for path in paths]
+        if (identity := judge.identity()) and paths:
+            self.weights[judge.protocol] = identity
+        keys = [self._key(protocol, path, identity=identity) for path in paths]
         left = {key: path for key, path in zip(keys, paths, strict=True) if not self._recall(protocol, key)}
         wanted = list(left.items())
         for start in progress(range(0, len(wanted), judge.batch), label or protocol):
             waves = {}
             for key, path in wanted[start : start + judge.batch]:
                 try:
-                    waves[key] = audio.read(path, JUDGE_RATE).numpy()
+                    waves[key] = audio.read(path, JUDGE_RATE, silence=True).numpy()  # the judge says what it hears
                 except Exception as error:
                     self._keep(protocol, key, reason_of(error))
             for key, verdict in zip(waves, judge.many(list(waves.values())), strict=True):
                 self._keep(protocol, key, verdict)
         return [self._memory[key] for key in keys]
 
-    def _key(self, protocol: str, *paths: Path) -> str:
-        return record.sha256_of([protocol, self._code, *map(self._hash, paths)])
+    def _key(self, protocol: str, *paths: Path, identity: str = "") -> str:
+        return record.sha256_of([protocol, self._code, *map(self._hash, paths), *filter(None, [identity])])
 
     def _file(self, protocol: str, key: str) -> Path:
         return self.folder / protocol.replace("/", "_").replace(":", "_") / key[:2] / f"{key}.json"
@@ -143,7 +149,8 @@ def score(
         judge.release()
         for path, clip, row in mine:
             if kind == "words":
-                _put_words(row, clip.item.text or "", found[path], keys, language)
+                words = "" if isinstance(found[path], Unheard) else found[path]  # seed-tts-eval too counts all as lost
+                _put_words(row, clip.item.text or "", words, keys, language)
             elif kind == "voice":
                 for key in voices:
                     _put(row, **{key: _similarity(found[path], found.get(clip.item.reference(key)))})  # type: ignore[arg-type]

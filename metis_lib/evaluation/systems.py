@@ -18,14 +18,14 @@ import torch
 
 from metis_lib import audio, bulk
 from metis_lib.assets import metis_home
-from metis_lib.config import AUDIO_RATE
+from metis_lib.config import AUDIO_RATE, FRAME_RATE
 from metis_lib.data.store import UNKNOWN
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.judges import NSNet2
 from metis_lib.evaluation.metrics import JUDGE_RATE, TASKS
 from metis_lib.notebook import progress
-from metis_lib.pipeline import Job, Metis
+from metis_lib.pipeline import Job, Limits, Metis
 from metis_lib.tasks import like, own
 
 NEEDED = {
@@ -263,7 +263,8 @@ class Systems:
     def about(self, checkpoint: str) -> dict[str, Any]:
         """What the audio of a checkpoint depends on, besides the items."""
         hashes = self._hashes if checkpoint == self.checkpoint else record.checkpoint_hashes(checkpoint)
-        given = {"code": self._code["model"], "device": self.device, "dtype": self.dtype, "name": checkpoint}
+        kind = self.device.partition(":")[0]  # a run that goes on may be given another GPU
+        given = {"code": self._code["model"], "device": kind, "dtype": self.dtype, "name": checkpoint}
         return given | hashes | self._tasks
 
 
@@ -445,7 +446,8 @@ def _measures(metis: Metis, items: dict[str, Item]) -> Callable[[str, Job], dict
         tokens = torch.cat([made.tokens for made in job.made])
         found = {"codes_used": round(len(tokens.unique()) / len(tokens), 4)}
         recording = items[id].clean
-        if like(items[id].task) in ("se", "tse") and recording is not None:
+        short = len(tokens) <= Limits().whole * FRAME_RATE  # attention over all of it at once
+        if like(items[id].task) in ("se", "tse") and recording is not None and short:
             clean = metis.ssl_tokens(metis.features(audio.read(recording, AUDIO_RATE)))[0]
             size = min(len(clean), len(tokens))
             same = clean[:size] == tokens[:size].to(clean.device)

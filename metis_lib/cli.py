@@ -11,6 +11,7 @@ import errno
 import glob
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -1153,32 +1154,20 @@ def _imported(done: Any) -> Answer:
 
 def _part(file: Path, base: Path) -> dict[str, Any]:
     """Size, hash, type and card of one weight file."""
-    from safetensors import SafetensorError, safe_open
-
     from metis_lib.checkpoints import sha256
     from metis_lib.evaluation.record import read_json
+    from metis_lib.released_files import name_of, opened
 
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise MetisError(f"{file} is damaged ({error}); fetch or train it again") from error
-    count = 0
-    for tensor in slices:
-        size = 1
-        for length in tensor.get_shape():
-            size *= length
-        count += size
+    with opened(file) as tensors:
+        slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118 (not a mapping)
     about = read_json(file.parent / "config.json") or {} if file.stem == "model" else {}
     if "type" not in about or about["type"] == "SystemConfig":
-        from metis_lib.released_files import name_of
-
         about = {"type": name_of(file)}
     return {
         "file": str(file.relative_to(base)),
         "type": about.get("type"),
         "tensors": len(slices),
-        "parameters": count,
+        "parameters": sum(math.prod(tensor.get_shape()) for tensor in slices),
         "bytes": file.stat().st_size,
         "dtypes": sorted({tensor.get_dtype() for tensor in slices}),
         "sha256": sha256(file),

@@ -231,7 +231,13 @@ def _pair(reference: Wave, signal: Wave) -> tuple[Wave, Wave]:
     return align(reference, signal, JUDGE_RATE)[:2]
 
 
-def _pesq(reference_16k: Wave, signal_16k: Wave, band: str) -> float:
+def pesq_wb(reference_16k: Wave, signal_16k: Wave, band: str = "wb") -> float:
+    """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz (``nb``: P.862.1 narrow band, 1.0 to 4.55).
+
+    Raises:
+        MetricFailure: no utterance found, too short, or a score above 3 for what STOI finds unintelligible
+            (below 0.5): P.862 compares nothing where it finds no active speech, and then reports about 4.4.
+    """
     import pesq
 
     reference, signal = _pair(reference_16k, signal_16k)
@@ -245,21 +251,6 @@ def _pesq(reference_16k: Wave, signal_16k: Wave, band: str) -> float:
     if value > 3.0 and stoi(reference_16k, signal_16k) < 0.5:
         raise MetricFailure(f"PESQ: found no active speech to compare (it gave {value:.2f} at a STOI below 0.5)")
     return value
-
-
-def pesq_wb(reference_16k: Wave, signal_16k: Wave) -> float:
-    """PESQ P.862.2 wide band, about 1.0 to 4.64, of ``[S]`` at 16 kHz.
-
-    Raises:
-        MetricFailure: no utterance found, too short, or a score above 3 for what STOI finds unintelligible
-            (below 0.5): P.862 compares nothing where it finds no active speech, and then reports about 4.4.
-    """
-    return _pesq(reference_16k, signal_16k, "wb")
-
-
-def pesq_nb(reference_16k: Wave, signal_16k: Wave) -> float:
-    """PESQ P.862.1 narrow band, about 1.0 to 4.55, of ``[S]`` at 16 kHz; raises as :func:`pesq_wb`."""
-    return _pesq(reference_16k, signal_16k, "nb")
 
 
 def stoi(reference_16k: Wave, signal_16k: Wave, *, extended: bool = False) -> float:
@@ -279,11 +270,6 @@ def stoi(reference_16k: Wave, signal_16k: Wave, *, extended: bool = False) -> fl
             return float(pystoi(reference, signal, JUDGE_RATE, extended=extended))
         except (RuntimeWarning, ValueError, ZeroDivisionError) as error:
             raise MetricFailure(f"STOI: {str(error).splitlines()[0]}") from error
-
-
-def estoi(reference_16k: Wave, signal_16k: Wave) -> float:
-    """Extended :func:`stoi`."""
-    return stoi(reference_16k, signal_16k, extended=True)
 
 
 def si_sdr(reference_16k: Wave, signal_16k: Wave) -> float:

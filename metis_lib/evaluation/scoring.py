@@ -24,8 +24,9 @@ from metis_lib.tasks import like
 _CODE = ("audio.py", "data/align.py", *(f"evaluation/{name}.py" for name in ("judges", "metrics", "paper_judges")))
 PROSODY = ("f0_rmse", "f0_corr", "vuv_f1")
 PAIRS: dict[str, Callable[..., Any]] = {
-    "pesq_wb": metrics.pesq_wb, "stoi": metrics.stoi, "estoi": metrics.estoi, "si_sdr": metrics.si_sdr,
-    "pesq_nb": metrics.pesq_nb, "f0_rmse": metrics.prosody, "duration_ratio": metrics.duration_ratio,
+    "pesq_wb": metrics.pesq_wb, "pesq_nb": functools.partial(metrics.pesq_wb, band="nb"), "stoi": metrics.stoi,
+    "estoi": functools.partial(metrics.stoi, extended=True), "si_sdr": metrics.si_sdr,
+    "f0_rmse": metrics.prosody, "duration_ratio": metrics.duration_ratio,
 }  # fmt: skip
 """Metrics of a clip against ``clean``; ``f0_rmse`` gives all of ``PROSODY``."""
 TEXTS = {

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from metis_lib import audio
@@ -67,7 +68,7 @@ def torch_chance(*key: int) -> torch.Generator:
 def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor]:
     """Stack tensors ``[T, ...]`` of different lengths: ``[B, T, ...]`` and lengths ``[B]``."""
     lengths = torch.tensor([len(array) for array in arrays])
-    return torch.nn.utils.rnn.pad_sequence(list(arrays), batch_first=True, padding_value=value), lengths
+    return pad_sequence(list(arrays), batch_first=True, padding_value=value), lengths
 
 
 # ---------------------------------------------------------------- the plan
@@ -331,12 +332,6 @@ def span_mask(frames: int, rng: np.random.Generator, share: float = 0.35, span: 
     return torch.from_numpy(np.convolve(starts, np.ones(span, int))[:frames] > 0)
 
 
-def left_padded(rows: Sequence[Tensor], value: float = 0.0) -> Tensor:
-    """``[B, L]`` padded on the left, as phones stand."""
-    out, counts = padded(rows, value)
-    return torch.stack([row.roll(out.shape[1] - int(n)) for row, n in zip(out, counts, strict=True)])
-
-
 def timed_hint(phones: Tensor, durations: Tensor, prompt: int, frames: int, jitter: Tensor) -> Tensor:
     """Frame-level phones ``[frames]`` as generation has them: those of the prompt over its frames, the others over the
     rest, by their durations, each changed by a factor (``jitter [L]``), for predicted ones are not exact."""
@@ -352,7 +347,7 @@ def phone_batch(ids: Sequence[Sequence[int]], frames: Sequence[int], pad: int) -
     """``phones`` and ``phone_mask [B, L]`` (padding on the left: phones stand right before the frames) and the
     evenly stretched ``hint [B, T]``."""
     rows = [torch.tensor(list(p)) for p in ids]
-    phones = left_padded(rows, pad)
+    phones = pad_sequence(rows, True, pad, "left")
     hint, _ = padded([stretch(p[None], n)[0] for p, n in zip(rows, frames, strict=True)], pad)
     return {"phones": phones, "phone_mask": phones != pad, "hint": hint}
 
@@ -469,7 +464,7 @@ class Tokens:
             hints.append(
                 timed_hint(torch.tensor(phones), durations, prompt, n, jitter) if fits else batch["hint"][row, :n]
             )
-        return {"durations": left_padded(known), "hint": padded(hints, self.tokenizer.pad_id)[0]}
+        return {"durations": pad_sequence(known, True, 0.0, "left"), "hint": padded(hints, self.tokenizer.pad_id)[0]}
 
 
 def _masks(masks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:

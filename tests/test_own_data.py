@@ -771,3 +771,83 @@ def test_a_sentence_stays_where_somebody_says_it() -> None:
     for text in ("yes", "no", "maybe", "so"):
         kept = {s for e, s in zip(said, given, strict=True) if e["text"] == text and s is not None}
         assert len(kept) == 1, text
+
+
+# ---------------------------------------------------------------- what looked right and was not
+
+
+def test_ids_with_folders_have_texts_of_their_own(tmp_path: Path) -> None:
+    recs = tmp_path / "recs"
+    for i, (speaker, stem) in enumerate((("anna", "001"), ("ben", "001"), ("ben", "002"))):
+        save(recs / speaker / f"{stem}.wav", speech(i))
+    lines = "".join(f"{s}/{n}|{ITEMS[i]['text']}\n" for i, (s, n) in enumerate((("anna", "001"), ("ben", "001"))))
+    (recs / "metadata.csv").write_text(lines + f"wavs/002.wav|{ITEMS[2]['text']}\n", encoding="utf-8")
+    texts = {row.id: row.text for row in build_manifest(recs, tmp_path / "out").rows}
+    assert texts == {"anna-001": ITEMS[0]["text"], "ben-001": ITEMS[1]["text"], "ben-002": ITEMS[2]["text"]}
+
+
+@pytest.mark.parametrize(("encoding", "good"), [("utf-8-sig", True), ("utf-16", True), ("latin-1", False)])
+def test_texts_in_another_encoding_are_no_texts(tmp_path: Path, encoding: str, good: bool) -> None:
+    recs, text = tmp_path / "recs", f"Die Straße ist schön. {ITEMS[0]['text']}"
+    for i in range(2):
+        save(recs / f"{i}.wav", speech(i))
+    (recs / "0.txt").write_text(text, encoding=encoding)
+    found = build_manifest(recs, tmp_path / "out", keep=("wrong text",))
+    texts = {row.id: row.text for row in found.rows}
+    assert texts == ({"0": text, "1": ""} if good else {"1": ""})
+    assert reasons(found) == ({} if good else {"0.wav": "wrong text"})
+    (recs / "metadata.csv").write_text(f"1|{text}\n", encoding=encoding)
+    if not good:
+        with pytest.raises(MetisError, match="metadata.csv: not a text in UTF-8"):
+            build_manifest(recs, tmp_path / "again")
+
+
+@pytest.mark.parametrize("speakers", [10, 12, 25])
+def test_two_speakers_are_held_out_where_there_are_ten(speakers: int) -> None:
+    """Conversion and extraction need a second voice to try."""
+    entries = [{"speaker": f"s{i % speakers}", "text": f"text {i}", "path": f"{i}.wav", "seconds": 3.0 + i % 7}
+               for i in range(speakers * 8)]  # fmt: skip
+    splits = importers.assign_splits(entries, (0.9, 0.05, 0.05), "auto", 0, [])
+    held = {s: {e["speaker"] for e, given in zip(entries, splits, strict=True) if given == s} for s in store.SPLITS}
+    assert len(held["validation"]) >= 2 and len(held["test"]) >= 2 and len(held["train"]) >= 6
+
+
+def test_recordings_that_are_not_read_are_listed(tmp_path: Path) -> None:
+    recs = tmp_path / "recs"
+    for i, name in enumerate(("take 1", "take-1", "take+1")):
+        save(recs / f"{name}.wav", speech(i))
+    save(recs / "integers.wav", speech(3) * 32768, subtype="FLOAT")
+    (recs / "phone.m4a").write_bytes(b"x")
+    found = build_manifest(recs, tmp_path / "out")
+    assert len({row.id for row in found.rows}) == 3 and "take-1" in {row.id for row in found.rows}
+    assert reasons(found) == {"integers.wav": "scale", "phone.m4a": "format"}
+
+
+def test_a_name_of_an_old_archive_is_refused_and_stops_nothing(tmp_path: Path) -> None:
+    import os
+
+    save(tmp_path / "recs" / "good.wav", speech(0))
+    try:
+        shutil.copy(tmp_path / "recs" / "good.wav", os.fsencode(tmp_path / "recs") + b"/M\xfcller.wav")
+    except OSError:
+        pytest.skip("a file system of UTF-8 names only")
+    found = build_manifest(tmp_path / "recs", tmp_path / "out")
+    assert [row.id for row in found.rows] == ["good"] and "rename it" in found.refused[0]["detail"]
+
+
+@pytest.mark.parametrize(("said", "code"), [("en-US", "en"), ("EN", "en"), ("pt_BR", "pt"), ("German", "de")])
+def test_languages_have_one_name(tmp_path: Path, said: str, code: str) -> None:
+    save(tmp_path / "recs" / "a.wav", speech(0))
+    (row,) = build_manifest(tmp_path / "recs", tmp_path / "out", language=said).rows
+    assert row.language == code
+
+
+def test_babble_of_long_recordings_does_not_fill_the_memory(tmp_path: Path) -> None:
+    save(tmp_path / "long.wav", noise(1, 40.0))
+    save(tmp_path / "hum.flac", noise(2, 2.0))
+    row = Row(id="long", path="long.wav", text="", language="en", speaker="a", duration=40.0, split="train",
+              source="x", licence="CC0", human=True)  # fmt: skip
+    store.write_manifest(tmp_path / "manifest.jsonl", [row])
+    listed = {"id": "hum", "path": "hum.flac", "split": "train", "kind": "hum", "licence": "CC0"}
+    store.write_jsonl(tmp_path / "noise.jsonl", [listed])
+    assert [len(one.wav) for one in simulate.Noises.load(tmp_path).speech] == [simulate.TALK * AUDIO_RATE]

@@ -1,5 +1,6 @@
 """Training: plans and batches, losses by hand, overfitting, resuming after kills, several processes, the queue."""
 
+import contextlib
 import copy
 import itertools
 import json
@@ -745,6 +746,43 @@ def test_updates_that_are_not_finite_are_skipped_counted_and_in_the_end_an_error
     assert torch.isfinite(objective.line.weight).all()
 
 
+def test_codebooks_take_nothing_from_a_step_that_was_not_finite(tmp_path):
+    class Told(Poisoned):
+        steps, spared = (), ()
+
+        def after_step(self, step, fabric, settings):
+            self.steps = (*self.steps, step)
+
+        def spoiled(self):
+            self.spared = (*self.spared, self.calls)
+
+    objective = Told({3})
+    loop.fit(objective, Repeat({"x": torch.ones(4, 2)}), TrainSettings(steps=5, precision="32-true"), tmp_path / "run")
+    assert objective.steps == (0, 1, 3, 4) and objective.spared == (3,)
+    codec = tok.AcousticTraining(DEBUG.acoustic)
+    codec.made.append(torch.zeros(1))
+    codec.latents.append(torch.full((2, 3), torch.nan))
+    codec.spoiled()
+    assert not codec.made and not codec.latents
+
+
+def test_where_a_run_was_stopped_does_not_choose_its_weights(tmp_path, monkeypatch):
+    """Stopped between two validations, it ends with the weights that it would have ended with."""
+    feed = Repeat({"x": torch.ones(1, 1)})
+    settings = TrainSettings(steps=40, lr=0.05, warmup=0, schedule="constant", weight_decay=0.0, precision="32-true",
+                             validate_every=8, log_every=1, best="far")  # fmt: skip
+    whole = Drifting()
+    kept = loop.fit(whole, feed, settings, tmp_path / "whole")["best_step"]
+    for stop in range(5, 23):
+        asked = iter([False] * (stop - 1) + [True])
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "stop_asked", lambda asked=asked: contextlib.nullcontext(lambda: next(asked)))
+            assert not loop.fit(Drifting(), feed, settings, tmp_path / str(stop))["finished"]
+        again = Drifting()
+        assert loop.fit(again, feed, settings, tmp_path / str(stop))["best_step"] == kept
+        assert again.model.weight.item() == whole.model.weight.item()
+
+
 def test_freed_memory_is_given_back_now_and_then(monkeypatch, tmp_path):
     times = []
     monkeypatch.setattr(loop, "_trim", lambda: times.append(1))
@@ -1355,7 +1393,7 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
         recipes.finetune("se", manifest, out, base=tmp_path / "system", rank=4, settings=settings)
     assert (out / "tasks/se/model.safetensors").read_bytes() == before
     with pytest.raises(MetisError, match="another mode, size or rank"):
-        recipes.train(replace(make_job("se", out, manifest), rank=8), resume=False)
+        recipes.train(replace(make_job("se", out, manifest), mode="full", rank=0), resume=False)
     less = replace(make_job("se", tmp_path / "less", manifest, steps=1), rank=2)
     shutil.copytree(out, tmp_path / "less")
     assert recipes.train(less, resume=False)["finished"]  # the nearest of a lower rank goes on
@@ -1365,6 +1403,153 @@ def test_another_rank_or_mode_never_overwrites(workshop, tmp_path):
     assert again["finished"] and again["steps"] == 2
     card = json.loads((tmp_path / "next/tasks/se/config.json").read_text())["card"]
     assert card["mode"] == "lora" and len(card["earlier"]) == 1
+
+
+def test_finetuning_goes_on_from_what_its_base_has_learned(workshop, tmp_path, monkeypatch):
+    """Whatever the rank; and a task that was trained here is not lost with its logs."""
+    from metis_lib.models import adapt
+
+    manifest, system = workshop
+    base = tmp_path / "base"
+    shutil.copytree(system, base)
+    for part in ("stage2_layer1", "stage2_full"):
+        recipes.train(make_job(part, base, manifest, steps=1))
+    recipes.train(replace(make_job("se", base, manifest, steps=30, lr=0.01), rank=2))
+    said, found = [], {}
+    still = recipes.settings_for("se", "debug", steps=1, lr=0.0)
+    for rank in (1, 2, 6):
+        out = tmp_path / f"rank{rank}"
+        scores = recipes.finetune("se", manifest, out, base=base, rank=rank, settings=still, say=said.append)
+        found[rank] = scores["with_condition"]
+    assert found[6] == pytest.approx(found[2], abs=2e-3), "more of what adds nothing"
+    assert any("goes on from the base's LoRA of rank 2, at rank 6" in line for line in said)
+    state = load_state(base / "tasks/se")
+    larger, again = adapt.fit_lora(state, 6), adapt.reduce_lora(adapt.fit_lora(state, 6), 2)
+    for key in (key for key in state if ".lora_A." in key):
+        other = key.replace(".lora_A.", ".lora_B.")
+        assert larger[key].shape[0] == larger[other].shape[1] == 6
+        for made in (larger, again):
+            torch.testing.assert_close((made[other] @ made[key]).float(), (state[other] @ state[key]).float(),
+                                       atol=2e-2, rtol=2e-2)  # fmt: skip
+    recipes.finetune("se", manifest, tmp_path / "all", base=base, mode="full", settings=still, say=said.append)
+    assert any("begins from stage 1" in line and "mode lora, not full" in line for line in said)
+    shutil.rmtree(tmp_path / "rank2" / "runs")
+    own = recipes.settings_for("se", "debug", steps=2)
+    recipes.finetune("se", manifest, tmp_path / "mine", base=base, rank=2, settings=own)
+    shutil.rmtree(tmp_path / "mine" / "runs")
+    before = (tmp_path / "mine/tasks/se/model.safetensors").read_bytes()
+    for mode, rank in (("lora", 4), ("full", 0)):
+        with pytest.raises(MetisError, match="another --out"):
+            recipes.finetune("se", manifest, tmp_path / "mine", base=base, mode=mode, rank=rank, settings=own)
+    assert (tmp_path / "mine/tasks/se/model.safetensors").read_bytes() == before
+
+
+def test_few_steps_come_to_their_learning_rate():
+    assert recipes.settings_for("se", "paper").warmup > 200
+    assert recipes.settings_for("se", "paper", steps=1000).warmup == 200
+    assert recipes.settings_for("se", "paper", steps=1000, warmup=500).warmup == 500
+    usual = recipes.settings_for("se", "nano")
+    assert recipes.settings_for("se", "nano", steps=usual.steps).warmup == usual.warmup
+
+
+def test_only_what_can_be_read_counts_as_read(workshop, tmp_path, monkeypatch):
+    manifest, system = workshop
+    rows = recipes.read_manifest(manifest)
+    kept = [row for row in rows if row.split == "train"][:2]
+    mute = [replace(row, text="" if row.split == "train" and row not in kept else row.text, root=Path())
+            for row in rows]  # fmt: skip
+    shutil.copytree(manifest.parent / "audio", tmp_path / "audio")
+    write_manifest(tmp_path / "manifest.jsonl", mute)
+    said = []
+    monkeypatch.setattr(recipes, "train", lambda job, say, **more: said.append(job.settings.steps) or {})
+    times = {}
+    for name in ("tts", "se"):
+        settings = recipes.settings_for(name, "debug", steps=4000, frames=400)
+        recipes.finetune(name, tmp_path / "manifest.jsonl", tmp_path / name, base=system, say=said.append,
+                         settings=settings, shorten=True)  # fmt: skip
+        times[name] = said[-1]
+    part = sum(row.duration for row in kept) / sum(row.duration for row in rows if row.split == "train")
+    assert times["tts"] == pytest.approx(part * times["se"], abs=1.5)
+
+
+def test_extraction_says_beforehand_that_it_needs_a_second_speaker(workshop, tmp_path):
+    manifest, system = workshop
+    rows = [replace(row, speaker="a" if row.split == "validation" else row.speaker)
+            for row in recipes.read_manifest(manifest)]  # fmt: skip
+    write_manifest(tmp_path / "manifest.jsonl", rows)
+    for name in ("tse", "omni"):
+        with pytest.raises(MetisError, match="two known speakers in validation.*--splits"):
+            recipes.finetune(name, tmp_path / "manifest.jsonl", tmp_path / "out", base=system)
+    broken = tmp_path / "broken.jsonl"
+    first, *rest = (tmp_path / "manifest.jsonl").read_text().splitlines()
+    broken.write_text("\n".join([json.dumps(json.loads(first) | {"note": 1}), *rest]))
+    with pytest.raises(MetisError, match="note"):  # and is not taken for a list in some other form
+        recipes.finetune("se", broken, tmp_path / "out", base=system)
+
+
+def test_prepared_data_belongs_to_the_recordings_and_not_to_their_names(workshop, tmp_path, monkeypatch):
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    folders = []
+    for number in range(2):  # two microphones: the same names, the same lengths, byte for byte the same manifest
+        folder = shutil.copytree(workshop[0].parent, tmp_path / str(number))
+        for path in (folder / "audio").glob("*.wav"):
+            wav, rate = soundfile.read(path)
+            soundfile.write(path, wav * (0.9, 0.3)[number], rate)
+            os.utime(path, (1_000_000 + number,) * 2)
+        folders.append(folder / "manifest.jsonl")
+    assert folders[0].read_bytes() == folders[1].read_bytes()
+    loud, quiet = (data.waves_of(manifest, "train") for manifest in folders)
+    assert np.abs(quiet[0]).max() < 0.5 * np.abs(loud[0]).max()
+    assert data.prepared(folders[0]) != data.prepared(folders[1])
+    before = data.prepared(folders[0])
+    (tmp_path / "0/audio/3.wav").unlink()  # it was read; whether it is still there does not matter
+    data._prepared.cache_clear()
+    assert data.prepared(folders[0]) == before
+    os.utime(tmp_path / "0/audio/4.wav", (5_000_000, 5_000_000))  # written anew in its place
+    data._prepared.cache_clear()
+    assert data.prepared(folders[0]) not in (before, data.prepared(folders[1]))
+
+
+def test_a_recording_that_was_missing_is_read_when_it_is_there(workshop, tmp_path, monkeypatch):
+    monkeypatch.setenv("METIS_HOME", str(tmp_path / "home"))
+    folder = shutil.copytree(workshop[0].parent, tmp_path / "corpus")
+    (folder / "audio/2.wav").rename(tmp_path / "2.wav")
+    with pytest.warns(UserWarning, match="1 of 8 recordings cannot be read"):
+        assert not len(data.waves_of(folder / "manifest.jsonl", "train")[2])
+    (tmp_path / "2.wav").rename(folder / "audio/2.wav")
+    data._prepared.cache_clear()
+    assert len(data.waves_of(folder / "manifest.jsonl", "train")[2])
+
+
+def test_an_added_language_is_prepared_anew(monkeypatch):
+    assert data.languages_mark() == ""
+    monkeypatch.setitem(data.VOICES, "es", "es")
+    assert data.languages_mark() == "-es"
+
+
+@pytest.mark.parametrize("kind", ["se", "lips"])
+def test_one_bad_recording_does_not_stop_a_run(workshop, tmp_path, monkeypatch, kind):
+    """Also where it is a batch by itself; and after a stop the same others take its place."""
+    manifest, system = workshop
+    job = make_job(kind, system, manifest, frames=1)
+    source = recipes.BUILD[kind](job)[1]
+    bad, whole = int(np.flatnonzero(source.lengths)[0]), source.batch
+    if kind == "se":
+        made = source.made["se"].make
+        refuse = lambda i, generator: made(i, generator) if i != bad else refused()  # noqa: E731
+        monkeypatch.setattr(source.made["se"], "make", refuse)
+    else:
+        timed = source.timed
+        monkeypatch.setattr(source, "timed", lambda i: timed(i) if i != bad else refused())
+
+    def refused():
+        raise MetisError("it is silent")
+
+    first, again = (whole([bad], epoch=0, step=3) for _ in range(2))
+    assert first["ids"] == again["ids"] != [source.waves.items[bad]["id"] if kind == "lips" else source.pool.ids[bad]]
+    monkeypatch.setattr(data, "spare", lambda *_: [])
+    with pytest.raises(MetisError, match="the last one for: it is silent"):
+        whole([bad], epoch=0, step=3)
 
 
 def test_finetuning_writes_the_best_weights_or_the_last_ones(workshop, tmp_path, monkeypatch):
@@ -1873,7 +2058,8 @@ def test_little_speech_is_not_read_a_thousand_times_in_silence(workshop, tmp_pat
     manifest, system = workshop
     said = []
     monkeypatch.setattr(recipes, "train", lambda job, say, **more: said.append(job.settings.steps) or {})
-    seconds = sum(row.duration for row in recipes.read_manifest(manifest) if row.split == "train")
+    rows = [row for row in recipes.read_manifest(manifest) if row.split == "train" and row.duration >= 1]
+    seconds = sum(row.duration for row in rows)
     steps = round(60 * seconds * 50 / 400)
     settings = recipes.settings_for("se", "debug", steps=steps, frames=400)
     recipes.finetune("se", manifest, tmp_path / "out", base=system, rank=4, settings=settings, say=said.append)

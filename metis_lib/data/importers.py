@@ -10,6 +10,7 @@ Nothing is copied: the rows refer to the recordings where they lie.  Every recor
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import io
@@ -30,6 +31,8 @@ from metis_lib.data.store import SPLITS, UNKNOWN, Row, parse_row, write_jsonl, w
 from metis_lib.errors import MetisError
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+UNREAD = (".m4a", ".aac", ".wma", ".amr", ".caf", ".sph", ".au", ".3gp")
+"""Sound of phones and old corpora that libsndfile does not read, or not by this name."""
 COLUMNS = (
     "id", "path", "start", "end", "text", "language", "speaker", "licence", "split", "source", "human", "video"
 )  # fmt: skip
@@ -57,17 +60,29 @@ class Imported:
 # ---------------------------------------------------------------- reading lists
 
 
+def _read(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 that says so; MetisError for another encoding."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MetisError(f"{path}: not a text in UTF-8 ({error.reason} at byte {error.start}); convert it") from None
+
+
 def _transcripts(folder: Path) -> dict[tuple[Path, str], str]:
     """Texts of transcript files by (folder they hold for, stem of the recording)."""
     found: dict[tuple[Path, str], str] = {}
     for path in folder.rglob("metadata.csv"):  # LJSpeech: id|text|normalised text
-        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        for line in _read(path).splitlines():
             id, *texts = line.split("|")
             name = Path(id.strip())
             key = name.stem if name.suffix.lower() in AUDIO else name.name
-            found[path.parent, key] = next((t for t in reversed(texts) if t.strip()), "")
+            text = next((t for t in reversed(texts) if t.strip()), "")
+            found[path.parent / name.parent, key] = text  # LJSpeech's ids have no folder, others' may
+            if name.parent != Path():  # by its name alone where no other has it
+                found[path.parent, key] = "" if (path.parent, key) in found else text
     for path in folder.rglob("*.trans.txt"):  # LibriSpeech: id text
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in _read(path).splitlines():
             id, _, text = line.partition(" ")
             found[path.parent, id] = text
     return found
@@ -96,12 +111,26 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
     """Recordings below ``folder`` with their transcripts; who speaks is the name of the folder they lie in."""
     texts = _transcripts(folder)
     testsets = {path.parent for path in folder.rglob("*/manifest.jsonl") if is_testset(path.parent)}
+    ids = set[str]()
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in AUDIO or path.name.startswith(".") or testsets.intersection(path.parents):
+        if path.name.startswith(".") or testsets.intersection(path.parents):
             continue
-        beside = (path.with_suffix(s) for s in (".normalized.txt", ".txt", ".lab"))
-        text = next((p.read_text(encoding="utf-8-sig", errors="replace") for p in beside if p.is_file()), None)
+        if path.suffix.lower() in UNREAD:
+            yield {"path": os.fsencode(path).decode("utf-8", "replace"), "reason": "format",
+                   "detail": f"{path.suffix} is not read; convert it to flac or wav"}  # fmt: skip
+        if path.suffix.lower() not in AUDIO:
+            continue
+        beside = next((p for s in (".normalized.txt", ".txt", ".lab") if (p := path.with_suffix(s)).is_file()), None)
         place = path.relative_to(folder)
+        try:
+            text = _read(beside) if beside else None
+            place.as_posix().encode()
+        except (MetisError, UnicodeEncodeError) as error:  # a name of an old archive
+            bad = isinstance(error, UnicodeEncodeError)
+            detail = "its name is not UTF-8; rename it" if bad else str(error)
+            name = os.fsencode(path).decode("utf-8", "replace")
+            yield {"path": name, "reason": "bad row" if bad else "wrong text", "detail": detail}
+            continue
         above = [path.parent, *path.parent.parents][: len(place.parts)]
         text = text or next((texts[p, path.stem] for p in above if (p, path.stem) in texts), "")
         names = [p.name for p in above if p.name.lower() not in _GENERIC]
@@ -109,7 +138,11 @@ def folder_entries(folder: Path) -> Iterator[Entry]:
         dated = re.match(r"(19|20)\d\d[-_]\d\d[-_]\d\d", path.stem)
         named = reader is not None and (reader[1] in names or (path.parent == folder and not dated))
         speaker = reader[1] if reader and named else (names or [folder.name])[0]
-        yield {"id": id_of(place), "path": str(path), "text": text, "speaker": speaker}
+        id = id_of(place)
+        if id in ids:  # names that differ in marks alone
+            id += "-" + hashlib.blake2b(place.as_posix().encode(), digest_size=4).hexdigest()
+        ids.add(id)
+        yield {"id": id, "path": str(path), "text": text, "speaker": speaker}
 
 
 def table_entries(path: Path, notes: list[str]) -> Iterator[Entry]:
@@ -213,20 +246,22 @@ def read_source(source: Path, notes: list[str]) -> list[Entry]:
 # ---------------------------------------------------------------- splits
 
 
-def divide(weights: Mapping[str, float], shares: Sequence[float], seed: int) -> dict[str, str]:
+def divide(weights: Mapping[str, float], shares: Sequence[float], seed: int, least: int = 1) -> dict[str, str]:
     """Give each unit (a speaker, a sentence) wholly to one split, in the order of a seeded hash of its name.
 
     ``weights`` are seconds, ``shares`` those of train, validation and test.  A held-out split stays below its
-    share if it can, and has at least one unit if more than one is left.
+    share if it can, and has at least one unit if more than one is left, ``least`` if there are five times as many.
     """
     order = sorted(weights, key=lambda u: hashlib.blake2b(f"{seed}:{u}".encode(), digest_size=8).digest())
     split = dict.fromkeys(order, "train")
     for name, share in (("test", shares[2]), ("validation", shares[1])):
         free, left = [u for u in order if split[u] == "train"], share / sum(shares) * sum(weights.values())
-        if share > 0 and len(free) > 1:
-            fits = [u for u in free if weights[u] <= left] or [min(free, key=weights.__getitem__)]
-            for unit in fits:
-                if unit == fits[0] or weights[unit] <= left:
+        must = least if len(weights) >= 5 * least else 1
+        if share > 0 and len(free) > must:
+            fits = [u for u in free if weights[u] <= left]
+            fits = fits if len(fits) >= must else sorted(free, key=weights.__getitem__)[:must]
+            for place, unit in enumerate(fits):
+                if place < must or weights[unit] <= left:
                     split[unit], left = name, left - weights[unit]
     return split
 
@@ -259,7 +294,7 @@ def assign_splits(
         )
         given = divide(sentences, shares, seed)
         return [given[key] for key in keys]
-    split = divide(speakers, shares, seed)
+    split = divide(speakers, shares, seed, least=2)  # extraction and conversion need a second voice
     # a sentence that speakers of several splits say stays with one of these
     said = {k: {split[speaker] for speaker in voices[k]} for k in sentences}
     drawn = divide({k: sentences[k] for k in sentences if len(said[k]) > 1}, shares, seed)
@@ -323,7 +358,8 @@ def build_rows(
     ids, sounds, good = set[str](), dict[str, str](), []
     for row, facts in zip(here, found, strict=True):
         row["text"], row["language"] = row.get("text", ""), row.get("language", language)
-        row["language"] = _LANGUAGES.get(row["language"].lower(), row["language"])
+        code = row["language"].lower().replace("_", "-").split("-")[0]  # en-US
+        row["language"] = _LANGUAGES.get(code, code)
         row["speaker"] = speaker or row.get("speaker", UNKNOWN)
         if "reason" in facts:
             row |= {k: facts[k] for k in ("reason", "detail")}

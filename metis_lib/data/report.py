@@ -22,7 +22,7 @@ import numpy as np
 import soundfile
 
 from metis_lib import notebook
-from metis_lib.audio import SILENT_DB, frame_db
+from metis_lib.audio import LOUDEST, SILENT_DB, frame_db
 from metis_lib.data.store import UNKNOWN, Row, read_jsonl, read_manifest, write_jsonl, write_text
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import VOICES
@@ -53,6 +53,8 @@ REASONS = {
     "too short": f"less than {MIN_SECONDS} s",
     "too long": f"more than {MAX_SECONDS:.0f} s; cut it, or give start and end of each utterance",
     "not finite": "NaN or infinite samples",
+    "format": "a format that is not read",
+    "scale": "samples beyond -1..1, as of integers kept as floats",
     "silent": f"nothing above {SILENT_DB:.0f} dB RMS",
     "wrong text": "the text cannot be what is said in this time, or has no letters",
     "same id": "another recording has this id",
@@ -113,6 +115,8 @@ def _measure_span(file: Any, start: float | None, end: float | None) -> dict[str
         return _bad("damaged", f"only {len(data) / rate:.2f} of {seconds:.2f} s can be read")
     if not np.isfinite(data).all():
         return _bad("not finite")
+    if (peak := float(np.abs(data).max())) > LOUDEST:
+        return _bad("scale", f"samples lie in -1..1, not at {peak:.3g}; divide 16-bit numbers by 32768")
     wav = data.mean(axis=1)
     rms_db = 10 * np.log10(np.mean(np.square(wav, dtype=np.float64)) + 1e-20)
     if rms_db < SILENT_DB:
@@ -210,7 +214,9 @@ def warnings_of(facts: Facts, text: str, language: str) -> dict[str, str]:
         "low level": facts["rms_db"] < LOW_DB and f"{facts['rms_db']:.0f} dB RMS",
         "DC offset": abs(facts["dc"]) > DC_OFFSET and f"mean of the samples {facts['dc']:.3f}",
         "stereo": facts["channels"] == 2 and "the channels are averaged",
-        "long": facts["seconds"] > LONG_SECONDS and f"{facts['seconds']:.0f} s: cut it into utterances",
+        "long": facts["seconds"] > LONG_SECONDS
+        and f"{facts['seconds']:.0f} s: cut it into utterances"
+        + " (above 60 s it is not tokenised)" * (facts["seconds"] > 60),
         "language": language not in VOICES and f"no phones for {language!r}: not for text to speech",
     }
     return {name: detail for name, detail in found.items() if detail}

@@ -19,6 +19,8 @@ from metis_lib.config import AUDIO_RATE, FRAME_RATE
 from metis_lib.errors import MetisError
 
 HOP = AUDIO_RATE // FRAME_RATE
+TALK = 10
+"""Seconds of a recording that babble is made of."""
 """Samples of a token at 24 kHz: prompts are whole tokens."""
 
 
@@ -135,7 +137,10 @@ class Noises:
             if len(talk) == speech:
                 break
             with suppress(MetisError):  # gone since, or silent
-                talk.append(Recording(row.speaker, (read_span(row).numpy() * 32767).round().astype(np.int16)))
+                wav = read_span(row).numpy()
+                first = np.random.default_rng([seed, len(talk)]).integers(max(1, len(wav) - TALK * AUDIO_RATE))
+                wav = wav[first : first + TALK * AUDIO_RATE]  # long ones, whole, would fill the memory
+                talk.append(Recording(row.speaker, (wav * 32767).round().astype(np.int16)))
         return cls(ambient, talk)
 
 

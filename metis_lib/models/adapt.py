@@ -91,6 +91,19 @@ def reduce_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
     return out
 
 
+def fit_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """``state`` at another rank: reduced (:func:`reduce_lora`), or made larger by what adds nothing to the product:
+    rows of A as they begin (random, seed 0), columns of B of zeros."""
+    out, generator = reduce_lora(state, rank), torch.Generator().manual_seed(0)
+    for key in (key for key in state if ".lora_A." in key and len(state[key]) < rank):
+        other, missing = key.replace(".lora_A.", ".lora_B."), rank - len(state[key])
+        width, height = out[key].shape[1], len(out[other])
+        more = torch.randn(missing, width, generator=generator) / width**0.5
+        out[key] = torch.cat([out[key], more.to(out[key].dtype)])
+        out[other] = torch.cat([out[other], out[other].new_zeros(height, missing)], dim=1)
+    return out
+
+
 def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False, scale: float = 2.0) -> None:
     """Add ``scale * B A`` (alpha is twice the rank) to the weights of ``model``, in place or to copies of them.
 

@@ -44,11 +44,11 @@ def detect_language(text: str) -> str:
 def normalise(text: str, language: str) -> str:
     """German, French or Korean text as espeak-ng should read it: abbreviations, letters and symbols replaced."""
     own = rules()["espeak"][language]
-    names, letters = own["abbreviations"], own["letters"]
+    names, letters = own.get("abbreviations", {}), own.get("letters", {})
     if names:
         pattern = rf"\b({'|'.join(map(re.escape, names))})(?!\w)\.?"
         text = re.sub(pattern, lambda m: names.get(m[1].lower(), m[0]), text, flags=re.IGNORECASE)
-    for name in own["rules"]:
+    for name in own.get("rules", ()):
         for pattern, replacement in rules()["rules"][name]:
             text = re.sub(pattern, replacement, text)
     if letters:  # short words in capitals are spelled: KBS; longer ones are left to espeak-ng

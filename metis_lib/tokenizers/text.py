@@ -286,7 +286,7 @@ class PhoneTokenizer:
             return _say(clean(expand_english(text)), "en-us", merge=True)
         own = rules()["espeak"][language]
         found = _say(clean(normalise(plain(text), language)), own["voice"])
-        return [own["newer"].get(phone, phone) for phone in found]
+        return [own.get("newer", {}).get(phone, phone) for phone in found]
 
     def encode(self, text: str, language: str = "en") -> list[int]:
         """The ids of a text's phones.  Phones that the table lacks are left out, with one warning for each.

@@ -8,10 +8,13 @@ random from (seed, epoch, item) or (seed, step): the same batch on any process, 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
+import json
 import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -28,13 +31,13 @@ from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources
 from metis_lib.data.shards import Shards
 from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
-from metis_lib.data.store import UNKNOWN, FlatStore, read_jsonl, read_manifest, store_waves
+from metis_lib.data.store import UNKNOWN, FlatStore, read_jsonl, read_manifest, store_waves, write_text
 from metis_lib.errors import MetisError
 from metis_lib.models.masked import MaskingSettings, draw_masks
 from metis_lib.models.stage1 import spread, stretch
 from metis_lib.tasks import like
 from metis_lib.tokenizers.ssl import SHORTEST, fbank
-from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.tokenizers.text import VOICES, PhoneTokenizer
 from metis_lib.training.loop import TrainSettings
 from metis_lib.training.teacher import Taught
 
@@ -195,16 +198,58 @@ class Feed:
 # ---------------------------------------------------------------- where nano's data lies
 
 
+FILES = "recordings.json"
+"""Sizes and times of the recordings that a folder was prepared from."""
+
+
 def corpus(name: str = "nano") -> Path:
     """Folder of a prepared corpus."""
     return metis_home() / "corpora" / name
 
 
 def prepared(manifest: Path) -> Path:
-    """Folder of what is prepared from a manifest: another one whenever it changes."""
+    """Folder of what is prepared from a manifest: another one whenever it changes, or a recording that it names.
+
+    A recording is known by size and time of its file; one that is gone since does not matter.
+    """
     if not manifest.is_file():
         raise MetisError(f"{manifest}: no such manifest; make the nano corpus by `metis prepare nano`")
-    return metis_home() / "prepared" / sha256_file(manifest)[:12]
+    stat = manifest.stat()
+    return _prepared(manifest.resolve(), metis_home(), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache
+def _prepared(manifest: Path, home: Path, mtime_ns: int, size: int) -> Path:
+    """:func:`prepared`, looked for once while the manifest stays: a process reads what it has begun with."""
+    now: dict[str, list[int] | None] = {}
+    for row in read_manifest(manifest):
+        for name in filter(None, (row.path, row.video)):
+            there = (row.root / name).stat() if (row.root / name).is_file() else None
+            now[name] = [there.st_size, int(there.st_mtime)] if there else None
+    first = home / "prepared" / sha256_file(manifest)[:12]
+    for folder in (first, *sorted(first.parent.glob(f"{first.name}-*"))):
+        stamp = folder / FILES
+        if not stamp.is_file() and folder == first:  # it is new, or of a version that did not look
+            write_text(stamp, json.dumps(now))
+        known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.is_file() else {}
+        if all(known.get(path) == facts for path, facts in now.items() if facts):
+            return folder
+    told = json.dumps(now)
+    folder = first.with_name(f"{first.name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}")
+    write_text(folder / FILES, told)
+    return folder
+
+
+def languages_mark() -> str:
+    """What is added to the name of a folder of phones where languages were added (docs/new_language.md)."""
+    added = sorted(set(VOICES) - {"en"})
+    return f"-{'-'.join(added)}" if added else ""
+
+
+def spare(lengths: np.ndarray, seed: int, epoch: int, items: Sequence[int], count: int = 10) -> list[int]:
+    """Other items, for a batch of which none turns out to be usable: one bad recording does not stop a run."""
+    usable = np.flatnonzero(lengths)
+    return chance(seed, epoch, items[0], 4).choice(usable, min(count, len(usable)), replace=False).tolist()
 
 
 def waves_of(manifest: Path, split: str) -> FlatStore:
@@ -212,7 +257,7 @@ def waves_of(manifest: Path, split: str) -> FlatStore:
     rows = [row for row in read_manifest(manifest) if row.split == split]
     if not rows:
         raise MetisError(f"{manifest} has no recordings of the split {split!r}")
-    return store_waves(rows, prepared(manifest) / f"waves-{split}")
+    return store_waves(rows, prepared(manifest) / f"waves-{split}{languages_mark()}")
 
 
 def sources_of(manifest: Path, split: str, pool: Pool | None = None) -> Sources:
@@ -522,8 +567,11 @@ class Adaptation:
         rng = chance(self.seed, step, 1)
         task = names[int(rng.choice(len(names), p=odds / odds.sum()))]
         told = task == "tts" and rng.random() >= self.dropout
-        examples, failed = [], ""
-        for i in items:
+        examples: list[tuple[int, Example]] = []
+        failed = ""
+        for place, i in enumerate([*items, *spare(self.lengths, self.seed, epoch, items)]):
+            if place >= len(items) and examples:
+                break
             try:
                 examples.append((i, self.made[task].make(i, chance(self.seed, epoch, i))))
             except MetisError as error:  # one bad recording does not stop a run
@@ -598,9 +646,11 @@ class Lips:
         from metis_lib.data.lips import CLASS_OF, FaceStyle, render
         from metis_lib.data.video import read_lips
 
-        videos, heard, said, masks, ids = [], [], [], [], []
+        videos, heard, said, masks, ids = [], list[Tensor](), [], [], []
         failed = ""
-        for i in items:
+        for place, i in enumerate([*items, *spare(self.lengths, self.seed, epoch, items)]):
+            if place >= len(items) and heard:
+                break
             rng = chance(self.seed, epoch, i)
             target, film = _heard(self.waves[i].astype(np.float32) / 32767), self.waves.items[i].get("video")
             try:

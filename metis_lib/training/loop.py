@@ -133,6 +133,9 @@ class Objective(nn.Module):
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Called after every update."""
 
+    def spoiled(self) -> None:
+        """Called in its place where the update was left out because it was not finite."""
+
     def validate(self) -> dict[str, float]:
         """Scores on held-out data (the same on every process)."""
         return {}
@@ -468,7 +471,10 @@ def fit(
                     f"ten updates in a row (to step {step + 1}) were not finite; lower the learning rate "
                     f"(now {settings.lr:g}), take precision 32-true, or look for bad data"
                 )
-            objective.after_step(step, fabric, settings)
+            if finite:
+                objective.after_step(step, fabric, settings)
+            else:  # else codebooks would take in what the weights were spared
+                objective.spoiled()
             if average:
                 average.update(step)
             progress["step"] += 1
@@ -492,7 +498,10 @@ def fit(
                     if settings.best and settings.best not in scores:
                         known = ", ".join(scores) or "nothing"
                         raise MetisError(f"no score {settings.best!r} to choose weights by: the validation has {known}")
-                    if settings.best and scores[settings.best] < best.get("scores", {}).get(settings.best, math.inf):
+                    # where a run was stopped is chance: it must not choose among the weights of the whole run
+                    chance = stopped and progress["step"] % (settings.validate_every or settings.steps)
+                    given = settings.best and (not chance or settings.schedule == "budget")
+                    if given and scores[settings.best] < best.get("scores", {}).get(settings.best, math.inf):
                         now = average.values if average else {name: by_name[name].detach() for name in names}
                         kept = {name: value.to("cpu", copy=True) for name, value in now.items()}
                         best = {"step": progress["step"], "scores": scores, "values": kept}

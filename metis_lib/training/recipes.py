@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -33,9 +34,9 @@ from metis_lib.config import (
     SystemConfig,
 )
 from metis_lib.data.examples import Pool, Simulation, Sources
-from metis_lib.data.shards import Packed, Shards, tokenise
-from metis_lib.data.simulate import Extraction, Prompt
-from metis_lib.data.store import FlatStore, read_manifest
+from metis_lib.data.shards import LIMITS, Packed, Shards, tokenise
+from metis_lib.data.simulate import Extraction, Prompt, Rooms
+from metis_lib.data.store import UNKNOWN, FlatStore, read_manifest
 from metis_lib.errors import MetisError
 from metis_lib.models import adapt
 from metis_lib.models.discriminators import NANO, DiscriminatorConfig
@@ -48,7 +49,7 @@ from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder
 from metis_lib.tokenizers.semantic import SemanticCodec
 from metis_lib.tokenizers.ssl import SSLEncoder
-from metis_lib.tokenizers.text import PhoneTokenizer
+from metis_lib.tokenizers.text import VOICES, PhoneTokenizer
 from metis_lib.training import data
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
@@ -69,6 +70,8 @@ def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
     if preset_name not in table:
         raise MetisError(f"no training settings for the preset {preset_name!r}; choose one of {', '.join(table)}")
     chosen = {**table[preset_name][""], **table[preset_name].get(model, {}), **changes}
+    if "steps" in changes and "warmup" not in changes:  # else few steps would never come to the learning rate
+        chosen["warmup"] = min(chosen.get("warmup", TrainSettings.warmup), max(chosen["steps"] // 5, 0))
     chosen.pop("options", None)
     if "betas" in chosen:
         chosen["betas"] = tuple(chosen["betas"])
@@ -180,8 +183,9 @@ class Job:
 
     def sources(self, split: str, pool: Pool | None = None) -> Sources:
         """Noise, rooms and other speakers; only coloured noise where the corpus has none."""
-        if not (self.recordings.parent / "noise.jsonl").is_file():
-            return Sources(pool)
+        folder = self.recordings.parent
+        if not (folder / "noise.jsonl").is_file():
+            return Sources(pool, rooms=Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None)
         return data.sources_of(self.recordings, split, pool)
 
     @cached_property
@@ -196,7 +200,8 @@ class Job:
 
     def timed(self, split: str) -> dict[str, Any]:
         """Durations of the phones of a split by recording, by the phone head of the system's SSL encoder."""
-        folder = data.prepared(self.recordings) / f"durations-{system_hash(self.out / 'ssl')[:8]}" / split
+        name = f"durations-{system_hash(self.out / 'ssl')[:8]}{data.languages_mark()}"
+        folder = data.prepared(self.recordings) / name / split
         folder.parent.mkdir(parents=True, exist_ok=True)
         return time_phones(self.waves(split), self.frozen.encoder, self.phone_head, folder)
 
@@ -206,13 +211,20 @@ class Job:
             packed = self.shards / f"{split}.safetensors"
             return Packed(packed) if packed.is_file() else Shards(self.shards / split)
         parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
-        both = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}" / split
+        mark = data.languages_mark()
+        both = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}{mark}" / split
         acoustic = self.model.startswith("stage2") or (both / "index.json").is_file()
-        folder = both if acoustic else both.parent.with_name(f"tokens-{'-'.join(parts[:2])}") / split
-        if (folder / "index.json").is_file():  # whole, wherever it was made
-            return Shards(folder)
-        tokenise(self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1, acoustic=acoustic)
-        return Shards(folder)
+        folder = both if acoustic else both.parent.with_name(f"tokens-{'-'.join(parts[:2])}{mark}") / split
+        if not (folder / "index.json").is_file():  # whole, wherever it was made
+            tokenise(
+                self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1, acoustic=acoustic
+            )  # fmt: skip
+        shards, rows = Shards(folder), [row for row in read_manifest(self.recordings) if row.split == split]
+        longest = LIMITS["max_seconds"]
+        if (left := len(rows) - len(shards)) > 0:
+            why = f"{sum(row.duration > longest for row in rows)} of them above {longest:g} s"
+            warnings.warn(f"{left} of {len(rows)} recordings of {split} have no tokens, {why}", stacklevel=2)
+        return shards
 
 
 def load_module(folder: Path, config: type, cls: type) -> Any:
@@ -486,8 +498,8 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
 
     def learned(folder: Path) -> dict[str, torch.Tensor]:
         state = load_state(folder)
-        if job.rank and job.mode == "lora":  # what was learned at a higher rank, as far as this one can say it
-            state = adapt.reduce_lora(state, job.rank)
+        if job.rank and job.mode == "lora":  # what was learned at another rank, as far as this one can say it
+            state = adapt.fit_lora(state, job.rank)
         return {k.removeprefix("model."): v for k, v in state.items()}
 
     if not (job.folder / "config.json").is_file():
@@ -634,7 +646,10 @@ def finetune(
     manifest, out, rank = Path(source), Path(out), rank if mode == "lora" else 0
     try:
         splits = {row.split for row in read_manifest(manifest)} if manifest.suffix == ".jsonl" else set()
-    except MetisError:  # a list in some other form
+    except MetisError:
+        head = manifest.read_text(encoding="utf-8").partition("\n")[0] if manifest.is_file() else ""
+        if all(f'"{key}"' in head for key in ("id", "duration", "split")):
+            raise  # a manifest with something wrong in it, and no list in some other form
         splits = set()
     if not splits:
         manifest = build_manifest(manifest, out / "data", say=say).manifest
@@ -644,16 +659,24 @@ def finetune(
             raise MetisError(
                 f"{manifest} has no recordings of the split {split!r}; see metis prepare manifest --splits"
             )
+    for split in ("train", "validation") if "tse" in (like(name), *takes.mixture) else ():
+        if len({row.speaker for row in read_manifest(manifest) if row.split == split} - {UNKNOWN}) < 2:
+            raise MetisError(
+                f"{manifest}: extraction needs two known speakers in {split}; see metis prepare manifest --splits"
+            )
     system = derive(base, out)
     scale = "paper" if system.stage1.hidden_size >= 1024 else "nano"
-    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank, locate(base))}
+    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank, locate(base), say)}
     if scale == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
     shorten = settings is None if shorten is None else shorten
     settings = settings or settings_for(name, scale)
-    known = sum(row.duration for row in read_manifest(manifest) if row.split == "train")
+    rows = [row for row in read_manifest(manifest) if row.split == "train" and row.duration >= 1]
+    if takes.takes_text and not takes.takes_features:
+        rows = [row for row in rows if row.text and row.language in VOICES]
+    known = sum(row.duration for row in rows)
     times = settings.steps * settings.frames * settings.accumulate / FRAME_RATE / max(known, 1e-3)
     if times > OFTEN:
         enough = max(1, round(settings.steps * OFTEN / times))
@@ -684,20 +707,27 @@ def finetune(
     return train(job, say=say, **more)
 
 
-def match_task(out: Path, name: str, mode: str, rank: int, base: Path) -> dict[str, Any]:
-    """Make room for a task of another mode or rank than the one in ``out``; the options (text hint) of what was there.
+def match_task(
+    out: Path, name: str, mode: str, rank: int, base: Path, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Make room for a task of another mode than the one in ``out``; the options (text hint) of what was there.
 
-    A task that fits stays, to go on from.  MetisError for one of another kind that was trained there, and not only
-    linked from ``base`` (again, where a run died before it had written its own).
+    A task of the mode stays, to go on from (LoRA at whatever rank).  MetisError for one of another mode or rank that
+    was trained there, and not only linked from ``base`` (again, where a run died before it had written its own).
     """
     folder, theirs = out / FOLDERS[name], base / FOLDERS[name] / "config.json"
     if not (folder / "config.json").is_file():
         return {"text_hint": "even"} if task(name).takes_text else {}
     config, about = load_config_and_card(folder, TaskConfig)
-    if config.lora_rank != rank or about.get("mode", "lora" if config.lora_rank else "adapter") != mode:
+    had = about.get("mode", "lora" if config.lora_rank else "adapter")
+    if config.lora_rank != rank or had != mode:
         itself = theirs.resolve() == (folder / "config.json").resolve()
         linked = theirs.is_file() and theirs.read_bytes() == (folder / "config.json").read_bytes()
-        if itself or ((out / "runs" / name).is_dir() and not linked):
+        if itself or not linked:
             raise MetisError(f"{folder} was trained here in another mode or rank; take another --out")
-        shutil.rmtree(folder)
+        if had != mode:
+            say(f"{name} begins from stage 1: what the base has learned of it is of the mode {had}, not {mode}")
+            shutil.rmtree(folder)
+        else:
+            say(f"{name} goes on from the base's LoRA of rank {config.lora_rank}, at rank {rank}")
     return {key: config.stage1[key] for key in ("text_hint", "hint_width") if key in config.stage1}

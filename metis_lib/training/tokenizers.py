@@ -391,6 +391,11 @@ class AcousticTraining(Objective):
             terms |= {"adversarial": adversarial_loss(fake).sum(), "features": feature_matching_loss(real, fake).sum()}
         return terms
 
+    def spoiled(self) -> None:
+        """What the codec made and heard in a step that was not finite is of no use."""
+        self.made.clear()
+        self.latents.clear()
+
     def after_step(self, step: int, fabric: Any, settings: TrainSettings) -> None:
         """Fit the codebooks when it is time; let codes follow; revive idle ones, not in the last tenth of the run."""
         self.made.clear()

@@ -54,7 +54,8 @@ class Study:
 def studies(lab: Lab) -> dict[str, Study]:
     """Every study by name."""
     many = lab.hours[1]
-    pair = (Arm("tse", hours=many), Arm("omni", hours=many))
+    longer = lab.longer > lab.tokens
+    pair = (Arm("tse", hours=many, longer=longer), Arm("omni", hours=many, longer=longer))
     return {
         "alone": Study("tts", dict.fromkeys(("continued", "said", "reversed"), {}),
                        ("sim_prompt", "sim_other", "confidence")),

@@ -319,7 +319,8 @@ def _trim() -> None:
 
 def fit(
     objective: Objective, feed: Any, settings: TrainSettings, folder: str | Path, *, fabric: Any = None,
-    budget: str | None = None, first: int = 0, say: Callable[[str], None] = lambda line: None,
+    budget: str | None = None, first: int = 0, forget_best: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train ``objective`` in ``folder``, or go on from the newest state that lies there.
 
@@ -329,6 +330,7 @@ def fit(
         folder: for ``states/``, ``log.jsonl`` and TensorBoard events.
         fabric: of :func:`make_fabric`; made if not given.
         first: steps already done by the weights that ``objective`` holds, where no state is left.
+        forget_best: choose the best weights anew: their scores are of other data.
         budget: time after which the run ends with a state, such as ``100m``; SIGTERM and Ctrl-C do the same.
         say: called with a line now and then.
 
@@ -389,7 +391,7 @@ def fit(
         **rest.get("progress", {}),
     }
     scores: dict[str, Any] = rest.get("scores", {})
-    best: dict[str, Any] = rest.get("best", {}) if settings.best else {}
+    best: dict[str, Any] = rest.get("best", {}) if settings.best and not forget_best else {}
     if settings.best and not whole(fabric):
         raise MetisError("weights in shards are not kept by their score; take the strategy ddp, or the last weights")
     ramp = rest.get("ramp", first)

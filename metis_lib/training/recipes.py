@@ -36,7 +36,7 @@ from metis_lib.config import (
 from metis_lib.data.examples import Pool, Simulation, Sources
 from metis_lib.data.shards import LIMITS, Packed, Shards, tokenise
 from metis_lib.data.simulate import Extraction, Prompt, Rooms
-from metis_lib.data.store import UNKNOWN, FlatStore, read_manifest
+from metis_lib.data.store import UNKNOWN, FlatStore, read_manifest, write_text
 from metis_lib.errors import MetisError
 from metis_lib.models import adapt
 from metis_lib.models.discriminators import NANO, DiscriminatorConfig
@@ -559,9 +559,18 @@ def train(
         if (run / "finished").is_file():
             raise MetisError(f"{run} is finished; to train on from its weights say --fresh, or take another folder")
     fabric.barrier()
+    about = json.loads(json.dumps({"data": data_of(job), "mode": job.mode, "rank": job.rank, "options": job.options}))
+    beside = run / "data.json"
+    began = json.loads(beside.read_text(encoding="utf-8")) if (run / "states").is_dir() and beside.is_file() else about
+    changed = [f"{key} {began.get(key)} -> {value}" for key, value in about.items() if began.get(key) != value]
+    fabric.barrier()
+    if fabric.is_global_zero:
+        if changed:
+            say(f"goes on with others: {', '.join(changed)}; the best weights are chosen anew")
+        write_text(beside, json.dumps(about))
     scores = fit(
         objective, source if isinstance(source, Mixed) else data.Feed(source, job.settings, workers=job.workers),
-        job.settings, run, fabric=fabric, budget=budget, first=first, say=say,
+        job.settings, run, fabric=fabric, budget=budget, first=first, forget_best=bool(changed), say=say,
     )  # fmt: skip
     if fabric.is_global_zero:
         done = saved()
@@ -573,6 +582,14 @@ def train(
         (run / "finished").touch()
         shutil.rmtree(run / "states", ignore_errors=True)
     return scores
+
+
+def data_of(job: Job) -> str:
+    """What tells the recordings of a run from others: their prepared folder, or a hash of the shards' index."""
+    if job.shards is None:
+        return data.prepared(job.recordings).name
+    index = job.shards / "train" / "index.json"
+    return sha256_file(index)[:12] if index.is_file() else str(job.shards)
 
 
 def derive(base: str | Path, out: Path) -> SystemConfig:

@@ -197,14 +197,17 @@ def test_clean_arms_learn_from_half_as_much_and_are_judged_on_synthetic_speech(m
     monkeypatch.setattr(arms, "whole", lambda lab, task, split: (spoken, tuple(map(str, range(90)))))
     lab = Lab.of("ablate", held_out=20)
     claim = next(c for c in all_claims(lab) if c.id == "more-or-cleaner-tts")
-    assert claim.condition == "told_clean" and claim.arms[1].hours == 0.71  # of 1.4 h that are seen
+    assert claim.condition == "told_clean" and claim.arms[1].hours == 5.0  # of 10 h that are read
+    brief = claim.also[1]
+    assert brief.hours == 0.71 and brief.data == "clean" and not brief.longer  # of 1.4 h that are seen
     assert "half as much" in claim.claim and [arm.data for arm in claim.arms] == ["all", "clean"]
     shared, alone = (sources(lab, claim.arms[0], "validation", clean=c)["tts"].lengths for c in (False, True))
     assert (shared > 0).sum() == (alone > 0).sum() == 20 and not (alone[human] > 0).any() and shared[human].any()
     assert np.array_equal(sources(lab, claim.arms[1], "validation", clean=True)["tts"].lengths, alone)
-    learned = [sources(lab, arm, "train")["tts"].lengths for arm in claim.arms]
+    learned = [sources(lab, arm, "train")["tts"].lengths for arm in (claim.arms[0], brief)]
     assert learned[0].sum() == 90 * 9000 and not learned[1][human].any() and (learned[1] > 0).sum() == 14
     few = replace(claim.arms[1], hours=1.0)
+    assert (sources(lab, claim.arms[1], "train")["tts"].lengths > 0).sum() == 30, "as much as there is"
     assert (sources(lab, few, "train")["tts"].lengths > 0).sum() == 20
 
 

@@ -124,7 +124,7 @@ def test_with_and_without_pretraining_the_compute_is_equal(lab):
         assert len(budgets) <= 1 and all(arm.needs is None or arm.needs.budget(lab) == 900 for arm in claim.arms)
     assert Arm("omni").budget(lab) == 4 * lab.tokens
     big = sum(p.numel() for p in models[0].diff_estimator.parameters() if p.requires_grad)
-    assert arms.direct_tokens(lab) < lab.tokens < 3 * arms.direct_tokens(lab) and big > 0
+    assert arms.direct_tokens(lab, lab.tokens) < lab.tokens < 3 * arms.direct_tokens(lab, lab.tokens) and big > 0
 
 
 def test_omni_lora_and_direct_arms_run(lab):
@@ -299,7 +299,7 @@ def test_every_claim_has_its_first_seed_early_and_all_that_it_needs(lab):
 def test_arms_side_by_side_are_what_they_are_one_by_one(lab, tmp_path):
     found, said = {}, []
     for workers in (1, 2):
-        mine = replace(lab, home=tmp_path / str(workers), seeds=(0,))
+        mine = replace(lab, home=tmp_path / str(workers), seeds=(0,), longer=0)
         assert queue.run(mine, only="prompts-in-pretraining-tts", workers=workers, say=said.append) == []
         files = sorted((mine.home / "arms").glob("*.json"))
         found[workers] = {file.stem: record.read_json(file) for file in files}
@@ -456,7 +456,8 @@ def test_where_trainings_are_decoded_the_interval_is_over_trainings(lab):
     ]  # fmt: skip
     rows[0]["wer"] = None
     claim = next(c for c in all_claims(lab) if c.id == "two-stages-words")
-    results = {"arms": {"se-system-full": {"tokens": 900}}, "decode": {"two-stages": rows, "guidance-vc": rows}}
+    trained = {"se-system-full": {"tokens": 90}, "se-system-full-longer": {"tokens": 900}}
+    results = {"arms": trained, "decode": {"two-stages": rows, "guidance-vc": rows}}
     effect = table.effect_of(claim, results, lab.seeds)
     assert effect.mean == pytest.approx(0.2) and effect.high - 0.2 == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
     assert (effect.seeds, effect.tokens, effect.n, effect.n_failed) == (3, 900, 26, 1)
@@ -506,6 +507,9 @@ def test_some_claims_compare_longer_arms_and_show_the_shorter_ones_beside():
     assert {arm.budget(lab) for arm in claim.arms} == {3_000_000} and {a.budget(lab) for a in claim.also} == {256_000}
     assert claim.arms[0].id == "tts-none-full-10h-longer-s0"
     plain = Lab.of("ablate", tokens=20_000)  # asked for: the length of all arms
+    for one in (c for c in all_claims(lab) if c.arms and c.arms[0].task != "omni"):
+        assert all(arm.longer for arm in one.arms), one.id  # every comparison of trainings has the 3 M that were asked
+    assert all(arm.longer for study in decode.studies(lab).values() for arm in study.arms)
     budgets = {a.budget(plain) for c in all_claims(plain) for a in c.arms if a.task == "tts" and a.base == "system"}
     assert budgets == {20_000}
 

@@ -234,18 +234,18 @@ class Arm:
         if self.task == "stage1":
             return lab.pretraining
         tokens = lab.longer if self.longer else lab.tokens
-        return tokens * len(self.tasks) if self.task in TASKS else direct_tokens(lab)
+        return tokens * len(self.tasks) if self.task in TASKS else direct_tokens(lab, tokens)
 
 
 @functools.lru_cache
-def direct_tokens(lab: Lab) -> int:
-    """Padded frames of each direct net, so that both together compute what an arm of stage 1 does.
+def direct_tokens(lab: Lab, tokens: int) -> int:
+    """Padded frames of each direct net, so that both together compute what an arm of stage 1 does with ``tokens``.
 
     Compute is counted as frames times parameters of the transformer (embeddings and outputs are look-ups or small).
     """
     nets: list[Any] = [Stage1(lab.sizes.stage1), Stage2(lab.sizes.stage2_layer1), Stage2(lab.sizes.stage2_full)]
     one, *two = (sum(p.numel() for p in net.diff_estimator.parameters()) for net in nets)
-    return round(lab.tokens * one / sum(two))
+    return round(tokens * one / sum(two))
 
 
 # ---------------------------------------------------------------- data

@@ -95,7 +95,8 @@ def effect_of(claim: Claim, results: Results, seeds: Sequence[int]) -> Effect:
         return _of_arms(claim, results["arms"], seeds)
     name, metric, a, b = claim.study  # type: ignore[misc]
     first = TRAINED.get(name)
-    tokens = next((arm["tokens"] for id, arm in results["arms"].items() if first and id.startswith(first)), 0)
+    # those of the longer trainings, where shorter ones are shown beside
+    tokens = max((arm["tokens"] for id, arm in results["arms"].items() if first and id.startswith(first)), default=0)
     return _of_rows(results["decode"][name], metric, a, b, tokens, trained=name in TRAINED)
 
 

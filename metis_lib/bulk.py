@@ -238,13 +238,13 @@ def generate_all(
         for item, key, job, speech in spoken:
             try:
                 path = speech.save(out / f"{item}{suffix}")
-            except MetisError as error:
+                found = measure(item, job)
+            except (MetisError, RuntimeError) as error:
                 report(0, [(item, key, error)])
                 continue
             entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
             entry |= {"seconds": round(speech.seconds, 4), "seconds_to_make": round(share * speech.seconds, 3)}
-            measured = {"measured": found} if (found := measure(item, job)) else {}
-            note(item, entry | measured | speech.info)
+            note(item, entry | ({"measured": found} if found else {}) | speech.info)
             done += 1
 
     def work(jobs: Named, settings: Options) -> None:

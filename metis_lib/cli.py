@@ -588,12 +588,7 @@ class Report(Command):
         from metis_lib.evaluation import record, report
         from metis_lib.evaluation.systems import testset_folder
 
-        summary, run = record.read_json(self.out / "summary.json"), record.read_json(self.out / "run.json")
-        if not summary or not run:
-            raise MetisError(f"no finished run in {self.out} (summary.json or run.json); run: metis evaluate")
-        if "manifest_sha256" not in run:
-            sets = ", ".join(summary)
-            raise MetisError(f"{self.out} has scores of test sets ({sets}); name the folder of one run")
+        _, _, summary, run = record.read_run(self.out)
         if self.readme:
             target = report.fill_readme(record.ROOT / "README.md", report.readme_results(summary, run))
             return Answer(f"results written into {target}", {"readme": str(target)})
@@ -823,10 +818,8 @@ class BenchTrain(Command):
     """torch.compile the net."""
 
     def run(self) -> Answer:
-        from metis_lib.bench import bench_train
-
         options = {key: value for key, value in vars(self).items() if key not in ("preset", "json")}
-        found = bench_train(self.preset, **options)
+        found = _recipe("bench.training").bench_train(self.preset, **options)
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
@@ -858,15 +851,14 @@ class BenchGenerate(Command):
     """Folder for generate-PRESET.json and its plot."""
 
     def run(self) -> Answer:
-        from metis_lib.speed import bench_generate, keep, title_of
-
+        speed = _recipe("bench.speed")
         left_out = ("preset", "tasks", "json", "out")
         options = {key: value for key, value in vars(self).items() if key not in left_out}
         tasks = [task for word in self.tasks for task in word.split(",") if task]
-        found = bench_generate(self.preset, tasks, say=_say, **options)
+        found = speed.bench_generate(self.preset, tasks, say=_say, **options)
         if self.out:
             about = next(iter(found.values()))["about"]
-            keep(found, self.out, f"generate-{title_of(self.preset, about)}")
+            speed.keep(found, self.out, f"generate-{speed.title_of(self.preset, about)}")
         figures = {
             task: {key: value for key, value in values.items() if not isinstance(value, dict)}
             for task, values in found.items()
@@ -885,27 +877,19 @@ class BenchTokenise(Command):
     """Of each recording."""
     batch: int = 8
     """Recordings."""
-    dtype: Literal["float32", "bfloat16", "both"] = "both"
-    """Of the weights."""
     repeats: int = 3
     """Runs of each variant, in turns; the median counts."""
-    no_acoustic: bool = False
-    """SSL tokens alone."""
     device: str = "auto"
     """auto, cpu or cuda."""
     out: Path | None = None
     """Folder for tokenise-PRESET.json and its plot."""
 
     def run(self) -> Answer:
-        from metis_lib.speed import bench_tokenise, keep, title_of
-
-        found = bench_tokenise(
-            self.preset, seconds=self.seconds, batch=self.batch, repeats=self.repeats, device=self.device,
-            dtypes=("float32", "bfloat16") if self.dtype == "both" else (self.dtype,), acoustic=not self.no_acoustic,
-            say=_say,
-        )  # fmt: skip
+        speed = _recipe("bench.speed")
+        options = {key: getattr(self, key) for key in ("seconds", "batch", "repeats", "device")}
+        found = speed.bench_tokenise(self.preset, say=_say, **options)
         if self.out:
-            keep({"tokenise": found}, self.out, f"tokenise-{title_of(self.preset, found['about'])}")
+            speed.keep({"tokenise": found}, self.out, f"tokenise-{speed.title_of(self.preset, found['about'])}")
         keys = ("ratio", "ssl_ratio", "times_real_time", "matmul_share")
         lines = [f"{name}: {', '.join(f'{key} {found[key][name]}' for key in keys)}" for name in found["parts"]]
         return Answer("\n".join(lines), found)
@@ -923,9 +907,7 @@ class BenchEvaluate(Command):
     """auto, cpu or cuda."""
 
     def run(self) -> Answer:
-        from metis_lib.bench import bench_evaluation
-
-        found = bench_evaluation(self.testset, self.files, device=self.device)
+        found = _recipe("bench.judging").bench_evaluation(self.testset, self.files, device=self.device)
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
@@ -1061,8 +1043,9 @@ class Doctor(Command):
     def run(self) -> Answer:
         from metis_lib import doctor
 
-        document = json.loads(doctor.as_json(found := doctor.checks()))
-        return Answer(doctor.table(found), document, 0 if document["ok"] else 1)
+        found = doctor.checks()
+        ok = all(check.status != "fail" for check in found)
+        return Answer(doctor.table(found), {"ok": ok, "checks": [vars(check) for check in found]}, 0 if ok else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import json
 import os
 import platform
 import shutil
@@ -196,9 +194,3 @@ def table(found: list[Check]) -> str:
         if check.fix and check.status != "ok":
             lines.append(f"{'':<4}  {'':<{width}}  → {check.fix}")
     return "\n".join(lines)
-
-
-def as_json(found: list[Check]) -> str:
-    """The checks as one JSON document: ``{"ok": bool, "checks": [{name, status, detail, fix}]}``."""
-    ok = all(check.status != "fail" for check in found)
-    return json.dumps({"ok": ok, "checks": [dataclasses.asdict(check) for check in found]}, indent=1)

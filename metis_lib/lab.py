@@ -241,6 +241,8 @@ class Laboratory(Panel):
         self.task.value = task
         for side, options in (("A", a), ("B", b)):
             for key, value in options.items():
+                if key not in self.sides[side]:
+                    raise MetisError(f"a setting has {', '.join(self.sides[side])}, not {key!r}")
                 self.sides[side][key].value = value
         for key, text in item.items():
             self.fields[key].value = str(text)
@@ -501,22 +503,13 @@ class TokenExplorer(Panel):
 class EvaluationBrowser(Panel):
     """The utterances of a run of ``metis evaluate`` by any score: sound, words, scores and spectrograms.
 
-    Args:
-        run: its folder.
-        sounds: where ``<task>/<system>/audio`` lies, if not there.
+    ``sounds`` is where ``<task>/<system>/audio`` lies: in the run, unless it is told otherwise.
     """
 
-    def __init__(self, run: str | Path, *, sounds: str | Path | None = None) -> None:
+    def __init__(self, run: str | Path) -> None:
         super().__init__()
-        self.run, self.sounds, self.rows = Path(run), Path(sounds or run), dict[str, list[dict[str, Any]]]()
-        self.summary: Any = record.read_json(self.run / "summary.json")
-        if not self.summary:
-            raise MetisError(f"no run of metis evaluate at {run}: it has no summary.json")
-        if not set(self.summary) <= set(metrics.TASKS):
-            sets = ", ".join(self.summary)
-            raise MetisError(
-                f"{run} has scores of test sets ({sets}); open one of its runs, results/evaluation/nano-..."
-            )
+        self.run, self.sounds, self.rows = Path(run), Path(run), dict[str, list[dict[str, Any]]]()
+        self.summary = record.read_run(run).summary
         tasks = [(metrics.TASKS[task]["title"], task) for task in self.summary]
         self.task = _field(widgets.Dropdown, "task", options=tasks)
         self.system, self.score = _field(widgets.Dropdown, "system"), _field(widgets.Dropdown, "by")

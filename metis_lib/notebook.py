@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
+    from metis_lib.models.masked import MaskedTrace
+
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "recipes").is_dir() and str(ROOT) not in sys.path:  # kernels start in the folder of their notebook
     sys.path.append(str(ROOT))
@@ -86,10 +88,8 @@ def fresh(folder: Path) -> None:
     Raises:
         MetisError: there are files in it of which nobody knows whether they may go.
     """
-    from metis_lib.evaluation.record import ROOT
-
     mark = folder / ".made-by-notebook"
-    if not folder.resolve().is_relative_to(ROOT / "results" / "runs") and not mark.is_file():
+    if ROOT / "results" / "runs" not in folder.resolve().parents and not mark.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise MetisError(f"{folder} holds files that this notebook did not make; choose another out")
     shutil.rmtree(folder, ignore_errors=True)
@@ -155,18 +155,12 @@ def spectrograms(sources: Mapping[str, audio.Source]) -> Figure:
     return figure
 
 
-def token_grid(trace: Any, mask_id: int | None = None, *, title: str = "when each token was decided") -> Figure:
-    """Masked decoding as a picture: steps down, frames across, colour = the step that decided a token.
-
-    ``trace`` is a :class:`metis_lib.models.masked.MaskedTrace`, or the tokens after each step,
-    ``[N, T]`` or ``[N, B, T]`` (the first of the batch is shown), with ``mask_id`` where nothing is decided;
-    those cells stay white.
-    """
+def token_grid(trace: MaskedTrace, *, title: str = "when each token was decided") -> Figure:
+    """Masked decoding (of the first of a batch): steps down, frames across, colour = the step that decided a token."""
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    known = ~np.asarray(trace.masks.cpu()) if hasattr(trace, "masks") else np.asarray(trace) != mask_id
-    known = known[:, 0] if known.ndim == 3 else known
+    known = ~trace.masks[:, 0].cpu().numpy()
     decided = np.where(known.any(axis=0), known.argmax(axis=0) + 1, len(known))
     shown = np.where(known, decided, np.nan)
     figure, axis = plt.subplots(figsize=(8, 0.16 * len(known) + 1.4), layout="constrained")

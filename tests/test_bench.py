@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from metis_lib.bench import PARTS, bench_train, count_parameters, step_flops
 from metis_lib.config import Stage1Config
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.transformer import attend
+from recipes.bench.training import PARTS, bench_train, count_parameters, step_flops
 
 
 def test_operations_by_hand():

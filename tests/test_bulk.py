@@ -67,6 +67,21 @@ def test_what_is_there_is_kept_and_what_changed_is_made_again(sounds, tmp_path, 
     assert run("--seed=5") == (4, 0) and run("--seed=5", "--fresh") == (4, 0)
 
 
+def test_what_cannot_be_measured_is_reported_and_the_others_go_on(sounds, tmp_path):
+    def measure(name, job):
+        if name == "b":
+            raise MetisError("its clean recording is silent")
+        return {"frames": len(job.made[0].tokens)}
+
+    items = [{"id": name, "source": str(sounds / f"{name}.wav")} for name in ("a", "b")]
+    found = bulk.generate_all(
+        Metis.from_pretrained("debug"), "se", items, tmp_path / "out", options={"steps": 2, "stage2_steps": [2, 1]},
+        measure=measure,
+    )  # fmt: skip
+    assert found["done"] == 1 and found["failed"] == {"b": "its clean recording is silent"}
+    assert {line["id"] for line in lines(tmp_path / "out") if "measured" in line} == {"a"}
+
+
 def test_manifests_for_every_task(sounds, tmp_path):
     np.savez_compressed(tmp_path / "lips.npz", crops=np.random.default_rng(0).integers(0, 255, (10, 96, 96), np.uint8))
     rows = {

@@ -483,6 +483,10 @@ def test_broken_test_sets_are_refused(tmp_path: Path, changes: dict[str, str], m
         systems.load_items(small_set(tmp_path, **changes), "se")
 
 
+def test_a_language_with_a_region_is_the_language(tmp_path: Path) -> None:
+    assert {item.language for item in systems.load_items(small_set(tmp_path, language="en-US"), "se")} == {"en"}
+
+
 def test_numbers_of_different_protocols_never_share_a_column() -> None:
     entry = {"mean": 0.1, "ci95": [0.0, 0.2], "n": 2, "n_failed": 0, "protocol": metrics.WER}
     summary = {"a": {"wer": entry}, "b": {"wer": entry | {"protocol": "wer/another@1"}}}

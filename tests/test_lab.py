@@ -89,6 +89,8 @@ def test_a_task_shows_what_it_takes(laboratory: lab.Laboratory) -> None:
     assert set(laboratory.item()) == {"source", "prompt", "text", "prompt_text", "language"}
     with pytest.raises(MetisError, match="no weights for the task 'dance'"):
         laboratory.choose("dance")
+    with pytest.raises(MetisError, match="a setting has steps, cfg, .*not 'candidates'"):
+        laboratory.choose("se", {"candidates": 1})
 
 
 def test_buttons_make_sounds_beside_their_source(laboratory: lab.Laboratory) -> None:
@@ -329,6 +331,7 @@ def run(tmp_path: Path) -> Path:
     entry = {"mean": 0.5, "ci95": None, "n": 2, "n_failed": 0, "protocol": "p"}
     (folder / "se").mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"se": {name: {"wer": entry} for name in ("noisy", "nano")}}))
+    (folder / "run.json").write_text('{"manifest_sha256": "x"}')
     for system, words, seed in (("noisy", "go forward", None), ("nano", "go <b> backward", 0)):
         place = folder / "se" / system
         (place / "audio").mkdir(parents=True)
@@ -372,7 +375,7 @@ def test_the_browser_says_what_was_made_anew_or_is_missing(run: Path) -> None:
     (run / "se/noisy/audio/u1.flac").unlink()
     page = lab.EvaluationBrowser(run).page.value
     assert "not the very file that was judged: nano." in page and "no audio" in page
-    with pytest.raises(MetisError, match="no run of metis evaluate"):
+    with pytest.raises(MetisError, match="no finished run in"):
         lab.EvaluationBrowser(run / "se")
 
 
@@ -384,7 +387,7 @@ def test_the_browser_opens_the_committed_runs() -> None:
     ]
     assert runs
     for folder in set(folders) - set(runs):  # by test set: what the runs of make results say together
-        with pytest.raises(MetisError, match="open one of its runs"):
+        with pytest.raises(MetisError, match="name the folder of one run"):
             lab.EvaluationBrowser(folder)
     for folder in runs:
         browser = lab.EvaluationBrowser(folder)

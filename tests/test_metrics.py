@@ -58,7 +58,7 @@ def test_the_papers_judges_have_protocols_of_their_own() -> None:
     assert metrics.protocol("wer_seedtts", "paper") == "wer/seedtts@1"
     assert metrics.protocol("sim_target", "paper", "tse") == "sim/wavlm-large-sv@1"
     assert metrics.protocol("sim_target", "paper", "se") == "sim/wavlm-base-plus-sv@1"
-    assert metrics.protocol("stoi", "paper", "se") == metrics.STOI
+    assert metrics.protocol("stoi", "paper", "se") == metrics.METRICS["stoi"]
     with pytest.raises(MetisError, match="unknown judges 'best'; choose among offline, paper"):
         paper_judges.choose("best", "se", "auto")
 
@@ -197,6 +197,11 @@ def test_perfect_copies_reach_the_published_ends_of_the_scales(name: str) -> Non
     assert metrics.pesq_wb(clean, clean) == pytest.approx(4.644, abs=1e-3)
     assert metrics.pesq_wb(clean, clean, "nb") == pytest.approx(4.549, abs=1e-3)
     assert (metrics.stoi(clean, clean), metrics.stoi(clean, clean, extended=True)) == same((1.0, 1.0))
+    loud = int(np.abs(clean).argmax())
+    word = clean[max(0, loud - 2800) : loud + 2800]  # 0.35 s: too short for STOI, and not for PESQ
+    with pytest.raises(MetricFailure):
+        metrics.stoi(word, word)
+    assert metrics.pesq_wb(word, word) == pytest.approx(4.644, abs=0.01)
 
 
 # --- pitch and duration ----------------------------------------------------------------------------------

@@ -72,9 +72,8 @@ def test_token_grid_shows_the_step_of_every_decision() -> None:
     expected = [[np.nan, 1, np.nan], [np.nan, 1, 2], [3, 1, 2]]
     masks = torch.from_numpy(history == mask)[:, None]
     trace = MaskedTrace(torch.tensor([[3, 5, 7]]), torch.zeros(3, 1, 3), masks)
-    for figure in (notebook.token_grid(history[:, None], mask), notebook.token_grid(trace)):
-        shown = figure.axes[0].images[0].get_array()
-        np.testing.assert_array_equal(np.ma.filled(shown, np.nan), expected)
+    shown = notebook.token_grid(trace).axes[0].images[0].get_array()
+    np.testing.assert_array_equal(np.ma.filled(shown, np.nan), expected)
 
 
 def test_spectrograms_share_their_axis() -> None:
@@ -108,7 +107,7 @@ def test_curves_show_what_was_logged(tmp_path: Path, capsys: Any, monkeypatch: A
     assert capsys.readouterr().out == "step 3\n"
 
 
-def test_a_notebook_empties_only_what_it_made(tmp_path: Path) -> None:
+def test_a_notebook_empties_only_what_it_made(tmp_path: Path, monkeypatch: Any) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     notebook.fresh(mine)  # empty: nothing to lose
@@ -120,3 +119,12 @@ def test_a_notebook_empties_only_what_it_made(tmp_path: Path) -> None:
         with pytest.raises(MetisError, match="did not make"):
             notebook.fresh(folder)
     assert (tmp_path / "speech.wav").read_bytes() == b"precious"
+    monkeypatch.setattr(notebook, "ROOT", tmp_path)
+    runs = tmp_path / "results" / "runs"
+    (runs / "another").mkdir(parents=True)
+    with pytest.raises(MetisError, match="did not make"):
+        notebook.fresh(runs)  # the folder of all notebooks is nobody's own
+    (runs / "mine").mkdir()
+    (runs / "mine" / "made.txt").write_text("x")
+    notebook.fresh(runs / "mine")
+    assert (runs / "another").is_dir() and not (runs / "mine" / "made.txt").exists()

@@ -27,7 +27,7 @@ from metis_lib.checkpoints import load_state
 from metis_lib.config import SemanticCodecConfig, Stage2Config, preset
 from metis_lib.data.store import write_manifest
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import paper, report
+from metis_lib.evaluation import record, report
 from metis_lib.training import data, loop, queue, recipes
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
@@ -1322,7 +1322,7 @@ def test_results_of_several_test_sets_are_one_document(tmp_path, monkeypatch):
     assert set(found["human"]["codec"]) == {"recording", "resynthesis", "stage2"}
     assert json.loads((tmp_path / "out/summary.json").read_text()) == found
     assert json.loads((tmp_path / "out/run.json").read_text())["human"]["checkpoint"] == "debug"
-    kept = paper.read_run(tmp_path / "out/human")  # with every utterance, without audio
+    kept = record.read_run(tmp_path / "out/human")  # with every utterance, without audio
     assert [len(report.read_rows(kept.folder, "codec", system)) for system in kept.summary["codec"]] == [1, 1, 1]
     assert not list(kept.folder.rglob("*.flac"))
 
@@ -1340,7 +1340,7 @@ def test_the_pages_show_the_committed_scores(tmp_path):
         {task: rows for task, rows in summary["human"].items() if task != "omni"}, about["human"]
     )
     assert human in (results.parent / "README.md").read_text()
-    kept = paper.read_run(results / "nano" / "human")
+    kept = record.read_run(results / "nano" / "human")
     for task, rows in kept.summary.items():
         assert summary["human"][task] == rows
         for system in rows:

@@ -2,7 +2,7 @@
 
 Each loads at its first clip; weights come through :func:`metis_lib.assets.fetch` (hash-checked).  Clips are float32
 ``[S]`` at 16 kHz, many at a time: a judge takes them in parallel or in a batch where that leaves its verdicts as they
-are and saves time (measured: ``metis_lib.bench.bench_evaluation``), else one after the other.
+are and saves time (``results/bench/evaluation.json``), else one after the other.
 The judges of the paper are in :mod:`metis_lib.evaluation.paper_judges`.
 """
 
@@ -70,7 +70,7 @@ def _onnx(asset: str, filename: str, device: str = "cpu") -> Any:
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # kind to a busy machine
     has_cuda = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-    place = "cpu" if device == "cpu" else choose_device(device, has_cuda, filename)
+    place = choose_device(device, has_cuda, filename)
     cuda = [("CUDAExecutionProvider", {"device_id": gpu_index(place)})] * (place != "cpu")
     providers = [*cuda, "CPUExecutionProvider"]
     return onnxruntime.InferenceSession(assets.fetch(asset) / filename, options, providers=providers)
@@ -313,9 +313,6 @@ class DnsmosJudge(Judge):
             wav_16k = np.concatenate([wav_16k, wav_16k])
         count = int(len(wav_16k) // JUDGE_RATE - cls.WINDOW / JUDGE_RATE) + 1
         return np.lib.stride_tricks.sliding_window_view(wav_16k, cls.WINDOW)[::JUDGE_RATE][:count]
-
-    def judge(self, wav_16k: Wave) -> dict[str, float]:
-        return self.judge_many([wav_16k])[0]
 
     def judge_many(self, wavs_16k: Sequence[Wave]) -> list[dict[str, float]]:
         parts = [self.windows(np.clip(wav, -1.0, 1.0).astype(np.float32)) for wav in wavs_16k]

@@ -100,9 +100,6 @@ class WhisperLargeJudge(PaperJudge):
         device = torch_device(self.device, "whisper-large-v3")
         return WhisperProcessor.from_pretrained(folder), network.eval().to(device)
 
-    def judge(self, wav_16k: Wave) -> str:
-        return self.judge_many([wav_16k])[0]
-
     def judge_many(self, wavs_16k: Sequence[Wave]) -> list[str]:
         processor, network = self.model
         features = processor(list(wavs_16k), sampling_rate=JUDGE_RATE, return_tensors="pt").input_features

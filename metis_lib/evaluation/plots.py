@@ -17,7 +17,7 @@ from metis_lib.evaluation.metrics import LABELS, TaskSummary
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from metis_lib.evaluation.paper import Run
+    from metis_lib.evaluation.record import Run
 
 
 def distributions(rows: Sequence[dict[str, Any]], summary: TaskSummary, protocols: dict[str, str]) -> Figure:
@@ -46,11 +46,6 @@ def distributions(rows: Sequence[dict[str, Any]], summary: TaskSummary, protocol
     return grid.figure
 
 
-def can(rows: Sequence[dict[str, Any]], x: str, metric: str) -> bool:
-    """Whether :func:`by` has something to show: more than one value of ``x``."""
-    return len({row[x] for row in rows if row.get(x) is not None and row.get(metric) is not None}) > 1
-
-
 def by(
     rows: Sequence[dict[str, Any]], x: str, metric: str, *, label: str = "", title: str = "", bins: int = 4
 ) -> Figure:
@@ -58,15 +53,15 @@ def by(
     over their recordings.
 
     Raises:
-        MetisError: no row has both.
+        MetisError: fewer than two values of ``x`` to show.
     """
     import matplotlib.pyplot as plt
     import pandas
     import seaborn
 
     kept = [row for row in rows if row.get(x) is not None and row.get(metric) is not None]
-    if not kept:
-        raise MetisError(f"no utterance has {x} and {metric}")
+    if len({row[x] for row in kept}) < 2:
+        raise MetisError(f"fewer than two values of {x} with {metric}")
     frame = pandas.DataFrame(kept)
     values = frame[x].astype(float)
     if values.nunique() > bins:
@@ -128,11 +123,4 @@ def guidance(runs: Sequence[Run], task: str, x: str = "wer", y: str = "sim_promp
         axis.annotate(f"{option} {point[option]:g}", (point[x], point[y]), (5, 5), textcoords="offset points")
     axis.set(xlabel=LABELS[x], ylabel=LABELS[y])
     plt.close(figure)
-    return figure
-
-
-def save(figure: Figure, path: str | Path) -> Figure:
-    """Write a figure (``.png``, ``.svg`` or ``.pdf`` by suffix) and return it."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, bbox_inches="tight")
     return figure

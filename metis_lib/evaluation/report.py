@@ -16,7 +16,7 @@ import numpy as np
 from metis_lib import notebook
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
-from metis_lib.evaluation import metrics, paper, plots, record, statistics
+from metis_lib.evaluation import metrics, plots, record, statistics
 from metis_lib.evaluation.metrics import LABELS, PROTOCOLS, TASKS, TaskSummary
 from metis_lib.evaluation.systems import load_items, testset_folder
 
@@ -117,7 +117,7 @@ def compare_runs(first: str | Path, second: str | Path, task: str, system: str) 
     Raises:
         MetisError: not comparable: other protocols, another test set, or no such run.
     """
-    sides = {"first": paper.read_run(first), "second": paper.read_run(second)}
+    sides = {"first": record.read_run(first), "second": record.read_run(second)}
     if len({side.about["manifest_sha256"] for side in sides.values()}) > 1:
         raise MetisError(f"{first} and {second} are not comparable: not the same test set")
     found = {name: side.summary.get(task, {}).get(system) for name, side in sides.items()}
@@ -145,18 +145,11 @@ def failures_html(run: str | Path, task: str, rows: Sequence[dict[str, Any]]) ->
     for row in rows:
         clip = Path(run) / task / row["system"] / row["audio"] if row["audio"] else None
         player = notebook.player_html(clip) if clip and clip.is_file() else html.escape(row.get("error") or "no audio")
-        scores = ", ".join(
-            f"{LABELS[key]} {row[key]:.2f}" for key in HEADLINE if isinstance(row.get(key), (int, float))
-        )
+        scores = ", ".join(f"{LABELS[key]} {row[key]:.2f}" for key in HEADLINE if row.get(key) is not None)
         seed = "" if row["seed"] is None else f", seed {row['seed']}"
         text = row["text"] or ""
         said = f"{html.escape(text)}<br>{transcript_html(text, row['heard'])}"
-        cells = (
-            f"{html.escape(row['id'])}{seed}",
-            f"<div style='width:17em'>{player}</div>",
-            said,
-            f"<small>{scores}</small>",
-        )
+        cells = html.escape(row["id"]) + seed, f"<div style=width:17em>{player}</div>", said, f"<small>{scores}</small>"
         lines.append("<tr>" + "".join(f"<td style='{_LEFT}'>{cell}</td>" for cell in cells) + "</tr>")
     head = "".join(
         f"<th scope=col>{name}</th>" for name in ("utterance", "listen", "text, and what was heard", "scores")
@@ -191,7 +184,7 @@ def read_rows(out: str | Path, task: str, system: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
-def run_rows(run: paper.Run, task: str, testset: str | Path | None = None) -> list[dict[str, Any]]:
+def run_rows(run: record.Run, task: str, testset: str | Path | None = None) -> list[dict[str, Any]]:
     """All utterance rows of a task; with the run's own test set, also what its items tell in numbers (``snr_db``)."""
     rows = [row for system in run.summary[task] for row in read_rows(run.folder, task, system)]
     try:

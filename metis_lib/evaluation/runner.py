@@ -13,9 +13,8 @@ import os
 import queue
 import re
 import sys
-import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,7 @@ def run_task(
     used = maker.used_device
     maker.close()
     rows = score(clips, verdicts=verdicts, judges=judges, device=device)
-    units = statistics.resampling_units([item.speaker for item in items], [item.id for item in items])[1]
+    units = statistics.unit_of([item.speaker for item in items])
     settings = {
         "systems": chosen, "seeds": list(seeds), "limit": limit, "checkpoint": checkpoint, "dtype": dtype,
         "options": maker.options, "judges": judges,
@@ -160,7 +159,8 @@ def run_notebook(notebook: Path, executed: Path, parameters: Mapping[str, Any], 
     partial = executed.with_name(f".{executed.name}.part.ipynb")
     ready = os.environ.items() >= environment().items()  # as evaluate() sees to, for all its threads
     surroundings: Any = contextlib.nullcontext() if ready else mock.patch.dict(os.environ, environment())
-    with open(log, "w") as output, _follow(log, notebook.stem), surroundings:
+    with open(log, "w") as file, surroundings:
+        output = _Log(file, notebook.stem)
         try:
             papermill.execute_notebook(
                 record.relative(notebook), record.relative(partial), dict(parameters), kernel_name="python3",
@@ -180,34 +180,22 @@ def environment() -> dict[str, str]:
     """What kernels are started with: this library, their own packages, progress in lines, no spinning threads."""
     here = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys([str(record.ROOT), *filter(None, [*here])])),
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys([str(record.ROOT), *filter(None, here)])),
         "JUPYTER_PREFER_ENV_PATH": "1", "METIS_PLAIN_PROGRESS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
     }  # fmt: skip
 
 
-@contextlib.contextmanager
-def _follow(log: Path, name: str) -> Iterator[None]:
-    """Say the progress lines (``label: done/all``) of a kernel's log on stderr while it is written."""
-    ended = threading.Event()
+class _Log:
+    """The log of a kernel; its progress lines (``label: done/all``) are said on stderr too."""
 
-    def follow() -> None:
-        with open(log, encoding="utf-8", errors="replace") as lines:
-            while True:
-                last = ended.wait(1.0)
-                for line in lines.readlines():
-                    if re.fullmatch(r".*: \d+/\d+\n", line):
-                        print(f"  [{name}] {line.rstrip()}", file=sys.stderr, flush=True)
-                if last:
-                    return
+    def __init__(self, file: Any, name: str) -> None:
+        self.file, self.name, self.flush = file, name, file.flush
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    def write(self, text: str) -> None:
+        self.file.write(text)
+        for line in re.findall(r"^.*: \d+/\d+$", text, re.M):
+            print(f"  [{self.name}] {line}", file=sys.stderr, flush=True)
 
 
 def devices_of(device: str) -> list[str]:

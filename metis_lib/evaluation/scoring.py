@@ -126,7 +126,8 @@ def score(
     task = clips[0].item.task
     keys = [
         key for key in TASKS[task]["metrics"] + TASKS[task]["measures"]
-        if SPECS[key].only in ("", judges) and all(_has(clips, need) for need in SPECS[key].needs)
+        if SPECS[key].only in ("", judges)  # facts of clips, which no item has, are looked for later
+        and all(any(getattr(clip.item, need, True) for clip in clips) for need in SPECS[key].needs)
     ]  # fmt: skip
     if not {*NEARER.get(like(task), ())} <= {*keys}:  # a test set without the other voice
         keys = [key for key in keys if key != "nearer"]
@@ -190,11 +191,6 @@ def _row(clip: Clip) -> dict[str, Any]:
 def _clear(row: dict[str, Any]) -> bool:
     """Whether the noise in a row's input is known to be weak."""
     return row.get("snr_db") is not None and row["snr_db"] >= CLEAR_DB
-
-
-def _has(clips: Sequence[Clip], need: str) -> bool:
-    """Whether some item has what a metric needs; facts of clips are looked for later."""
-    return any(getattr(clip.item, need, True) for clip in clips)
 
 
 def _put_all(row: dict[str, Any], keys: Sequence[str], verdict: Any) -> None:

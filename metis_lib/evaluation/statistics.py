@@ -41,10 +41,9 @@ class _Units(NamedTuple):
     unit: str
 
 
-def resampling_units(speakers: Sequence[str], utterances: Sequence[str]) -> tuple[Sequence[str], str]:
-    """The labels to resample by and their kind: ``"speakers"`` from eight of them on, else ``"utterances"``."""
-    enough = len(set(speakers)) >= MIN_SPEAKERS
-    return (speakers, "speakers") if enough else (utterances, "utterances")
+def unit_of(speakers: Sequence[str]) -> str:
+    """What is resampled: ``"speakers"`` from eight of them on, else ``"utterances"``."""
+    return "speakers" if len(set(speakers)) >= MIN_SPEAKERS else "utterances"
 
 
 def _units(top: Sequence[float], bottom: Sequence[float], speakers: Sequence[str], ids: Sequence[str]) -> _Units:
@@ -56,7 +55,7 @@ def _units(top: Sequence[float], bottom: Sequence[float], speakers: Sequence[str
     seeds = np.bincount(utterance)
     above, below = (np.bincount(utterance, weights=np.asarray(x, float)) / seeds for x in (top, bottom))
     _, voice = np.unique(np.asarray(speakers, dtype=str)[first], return_inverse=True)
-    _, unit = resampling_units(speakers, ids)
+    unit = unit_of(speakers)
     if unit == "speakers":
         above, below = (np.bincount(voice, weights=x).astype(float) for x in (above, below))
         return _Units(above, below, [np.arange(len(above))], unit)
@@ -182,14 +181,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    rows: Sequence[dict[str, Any]], a: str, b: str, task: str, judges: str = "offline",
-    only: Sequence[str] | None = None,
-) -> dict[str, dict[str, Any]]:  # fmt: skip
+    rows: Sequence[dict[str, Any]], a: str, b: str, task: str, only: Sequence[str] | None = None
+) -> dict[str, dict[str, Any]]:
     """Paired differences ``a - b`` over the same utterances: ``{metric: entry}``, of all metrics or ``only`` some.
 
-    An entry has ``difference``, ``ci95`` (bootstrap over the units of :func:`resampling_units`), ``p`` (two-sided
+    An entry has ``difference``, ``ci95`` (bootstrap over the units of :func:`unit_of`), ``p`` (two-sided
     sign-flip test over the same units: every sign pattern, or 9,999 random ones), ``p_holm`` (corrected for the
-    metrics of this table), ``n`` (utterances that both were scored on), ``unit`` and ``protocol``.
+    metrics of this table), ``n`` (utterances that both were scored on) and ``unit``.
 
     Raises:
         MetisError: not comparable: a system without rows, other utterances or other texts.
@@ -205,9 +203,7 @@ def compare(
         lost = sorted(sets[0] ^ sets[1])[0][0]
         raise MetisError(f"{a} and {b} are not comparable: not the same test set (the utterance {lost} differs)")
     shared = [key for key in _keys(sides[0], task) if key in _keys(sides[1], task) and (only is None or key in only)]
-    table = {
-        key: _difference(sides[0], sides[1], key) | {"protocol": metrics.protocol(key, judges, task)} for key in shared
-    }
+    table = {key: _difference(sides[0], sides[1], key) for key in shared}
     tested = [entry for entry in table.values() if entry["p"] is not None]
     for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
         entry["p_holm"] = round(p, 6)

@@ -145,6 +145,7 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         for path in row.values():
             if isinstance(path, Path) and not path.is_file():
                 raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
+        row["language"] = (row.get("language") or "en").lower().replace("_", "-").split("-")[0]
         known = {key: row[key] for key in Item.__dataclass_fields__ if row.get(key)}
         extra = {key: value for key, value in row.items() if key not in Item.__dataclass_fields__}
         items.append(Item(**known | {"extra": extra}))
@@ -394,9 +395,9 @@ def _fixed(maker: Systems, system: str, item: Item, folder: Path) -> Clip:
             made = maker.make(system, item)
             audio.write(path, made.wav, made.sample_rate)
             took = round(time.perf_counter() - start, 3)
-    except MetisError as error:
+    except (MetisError, RuntimeError) as error:
         path.unlink(missing_ok=True)
-        return Clip(item, system, None, None, error=str(error))
+        return Clip(item, system, None, None, error=" ".join(str(error).split()))
     record.write_json(note_path, {"key": key, "sha256": record.sha256_file(path), "seconds_to_make": took})
     return Clip(item, system, None, path, took)
 
@@ -448,7 +449,7 @@ def _measures(metis: Metis, items: dict[str, Item]) -> Callable[[str, Job], dict
         recording = items[id].clean
         short = len(tokens) <= Limits().whole * FRAME_RATE  # attention over all of it at once
         if like(items[id].task) in ("se", "tse") and recording is not None and short:
-            clean = metis.ssl_tokens(metis.features(audio.read(recording, AUDIO_RATE)))[0]
+            clean = metis.ssl_tokens(metis.features(audio.read(recording, AUDIO_RATE, silence=True)))[0]
             size = min(len(clean), len(tokens))
             same = clean[:size] == tokens[:size].to(clean.device)
             found["token_accuracy"] = round(float(same.float().mean()), 4)

@@ -13,12 +13,13 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
-from metis_lib.evaluation.metrics import PROTOCOLS, TaskSummary
+from metis_lib.evaluation.metrics import PROTOCOLS
+from metis_lib.evaluation.record import Run
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -39,28 +40,6 @@ _CSS = """.paper table{border-collapse:collapse;font:14px/1.4 system-ui,sans-ser
 .paper td,.paper th{white-space:nowrap}.paper p{margin:.15rem 0}.paper small{font-weight:400}
 .paper caption{text-align:left;font-weight:600}.paper tr.ours{background:#ddeeff55}
 .paper{font:13px/1.5 system-ui,sans-serif;overflow-x:auto;max-width:1400px}"""
-
-
-class Run(NamedTuple):
-    """A run's folder, its summary ``{task: {system: {metric: entry}}}`` and its ``run.json``."""
-
-    name: str
-    folder: Path
-    summary: dict[str, TaskSummary]
-    about: dict[str, Any]
-
-
-def read_run(folder: str | Path) -> Run:
-    """A finished run.
-
-    Raises:
-        MetisError: there is none in ``folder``.
-    """
-    place = Path(folder)
-    summary, about = record.read_json(place / "summary.json"), record.read_json(place / "run.json")
-    if not summary or not about:
-        raise MetisError(f"no finished run in {place} (summary.json or run.json); run: metis evaluate")
-    return Run(place.resolve().name, place, summary, about)
 
 
 @functools.cache

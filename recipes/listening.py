@@ -24,10 +24,7 @@ from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
 from metis_lib.evaluation.report import read_rows
 
-QUESTIONS = {
-    "mos": "How natural does this recording sound?",
-    "ab": "Which of the two recordings sounds more natural?",
-}
+QUESTIONS = {"mos": "How natural does this recording sound?", "ab": "Which of the two recordings sounds more natural?"}
 CHOICES = {
     "mos": [["1", "bad"], ["2", "poor"], ["3", "fair"], ["4", "good"], ["5", "excellent"]],
     "ab": [["1", "A"], ["0", "no preference"], ["2", "B"]],
@@ -166,8 +163,10 @@ def analyse(key: str | Path | dict[str, Any], csvs: Iterable[str | Path], *, dro
     inattentive = _inattentive(found, answers)
     kept = [one for one in answers if not drop or one["listener"] not in inattentive]
     about = {"test": found["test"], "kind": found["kind"], "listeners": len({one["listener"] for one in kept})}
-    result = {"mos": _scores(kept)} if found["kind"] == "mos" else {"preferences": _preferences(kept)}
-    return about | {"inattentive": inattentive, "dropped": drop, **result}
+    about |= {"inattentive": inattentive, "dropped": drop}
+    if found["kind"] == "ab":
+        return about | {"preferences": _preferences(kept)}
+    return about | {"mos": {name: _opinion(kept, name) for name in sorted({one["systems"][0] for one in kept})}}
 
 
 def _chosen(answer: dict[str, Any]) -> int | str | None:
@@ -200,10 +199,6 @@ def _inattentive(key: dict[str, Any], answers: Sequence[dict[str, Any]]) -> dict
         if reasons:
             found[listener] = reasons
     return found
-
-
-def _scores(answers: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: _opinion(answers, name) for name in sorted({one["systems"][0] for one in answers})}
 
 
 def _opinion(answers: Sequence[dict[str, Any]], system: str) -> dict[str, Any]:

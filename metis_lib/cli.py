@@ -748,8 +748,8 @@ class Queue(Command):
 
     def run(self) -> Answer:
         from metis_lib.evaluation.record import ROOT
-        from metis_lib.training import queue
 
+        queue = _recipe("nano.queue")
         path = self.path or ROOT / "recipes" / "nano" / "queue.json"
         if self.action in ("pause", "continue"):
             numbers = queue.pause(path, self.action == "pause")

@@ -707,10 +707,9 @@ class Metis:
     def lip_features(self, video: Any) -> Tensor:
         """Features ``[2N, C]`` at 50 Hz of N pictures: a film, or mouth crops uint8 ``[N, 96, 96]`` (also as .npz)."""
         if isinstance(video, (str, Path)):
-            from metis_lib.data.video import read_crops, read_lips
+            from metis_lib.data.video import read_lips
 
-            stored = str(video).endswith(".npz")
-            video = read_crops(video) if stored else read_lips(video, longest=LONGEST_SPOKEN)
+            video = read_lips(video, longest=LONGEST_SPOKEN)
         crops = torch.as_tensor(video)
         if crops.dim() != 3 or crops.dtype != torch.uint8:
             raise MetisError(f"mouth crops must be uint8 [N, 96, 96], got {crops.dtype} {tuple(crops.shape)}")

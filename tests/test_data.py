@@ -86,8 +86,11 @@ def test_manifest_failures_are_one_clear_line(tmp_path: Path) -> None:
         ("[1]\n", ":1: a row must be a JSON object"),
         (json.dumps({k: v for k, v in GOOD.items() if k != "licence"}), "lacks licence"),
         ((json.dumps(GOOD) + "\n") * 2, ":2: the id 'a' occurs twice"),
+        (json.dumps(GOOD | {"start": float("nan")}), ":1: duration, start and end"),
+        (json.dumps(GOOD | {"end": float("inf")}), ":1: duration, start and end"),
+        (json.dumps(GOOD | {"text": "M\xfcller"}, ensure_ascii=False).encode("latin-1"), "not in UTF-8"),
     ):
-        path.write_text(content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
         with pytest.raises(MetisError, match=says):
             store.read_manifest(path)
     path.write_text(json.dumps(GOOD))

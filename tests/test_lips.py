@@ -16,9 +16,10 @@ from safetensors.numpy import load_file
 from metis_lib.config import SSL_RATE
 from metis_lib.data import lips, video
 from metis_lib.data.align import HOP, Timed, align, speak
-from metis_lib.data.lips import CLASS_OF, NAMES, VISEMES, FaceStyle, articulate, oracle_phone_error, render
+from metis_lib.data.lips import CLASS_OF, NAMES, VISEMES, FaceStyle, articulate, render
 from metis_lib.errors import MetisError
 from metis_lib.tokenizers.text import PUNCTUATION, PhoneTokenizer, nano_table
+from recipes.nano.lips import oracle_phone_error
 
 pytestmark = pytest.mark.data
 

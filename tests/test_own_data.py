@@ -835,6 +835,40 @@ def test_a_name_of_an_old_archive_is_refused_and_stops_nothing(tmp_path: Path) -
     assert [row.id for row in found.rows] == ["good"] and "rename it" in found.refused[0]["detail"]
 
 
+def test_odd_lines_and_files_of_a_list_are_listed_and_stop_nothing(tmp_path: Path) -> None:
+    for name in ("good", "filmed"):
+        save(tmp_path / f"{name}.wav", speech(0 if name == "good" else 1))
+    save(tmp_path / "slow.wav", speech(2)[:100], 10)
+    (tmp_path / "headerless.raw").write_bytes(bytes(4000))
+    rows = [{"path": f"{name}.wav"} for name in ("good", "slow", "x" * 300, "~nobody/x", "\ud800")]
+    rows += [{"path": "filmed.wav", "video": 5}, {"path": "headerless.raw"}, {"path": "good.wav", "text": "\ud800 a"}]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = build_manifest(tmp_path / "list.jsonl", tmp_path / "out")
+    assert {row.id.rsplit("-", 1)[0] for row in found.rows} == {"good", "filmed"}
+    assert len(found.rows) + len(found.refused) == len(rows) and reasons(found)["headerless.raw"] == "not audio"
+
+
+def test_a_list_with_a_column_called_recording_is_a_list(tmp_path: Path) -> None:
+    save(tmp_path / "a.wav", speech(0))
+    (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.wav", "recording": "3"}) + "\n")
+    assert len(build_manifest(tmp_path / "list.jsonl", tmp_path / "out").rows) == 1
+
+
+def test_a_report_keeps_what_the_import_wrote(tmp_path: Path) -> None:
+    """One file has changed since: its line is measured anew, the others keep their ids and warnings."""
+    for i in range(3):
+        save(tmp_path / "recs" / f"{i}.wav", speech(i))
+    found = build_manifest(tmp_path / "recs", tmp_path / "out")
+    before = {row["path"]: row for row in store.read_jsonl(tmp_path / "out" / "facts.jsonl")}
+    save(tmp_path / "recs" / "1.wav", speech(5))
+    report.corpus_report(found.manifest)
+    after = {row["path"]: row for row in store.read_jsonl(tmp_path / "out" / "facts.jsonl")}
+    changed = next(path for path in before if path.endswith("1.wav"))
+    assert len(store.read_jsonl(tmp_path / "out" / "facts.jsonl")) == 3
+    assert {k: row for k, row in after.items() if k != changed} == {k: r for k, r in before.items() if k != changed}
+    assert after[changed]["sound"] != before[changed]["sound"]
+
+
 @pytest.mark.parametrize(("said", "code"), [("en-US", "en"), ("EN", "en"), ("pt_BR", "pt"), ("German", "de")])
 def test_languages_have_one_name(tmp_path: Path, said: str, code: str) -> None:
     save(tmp_path / "recs" / "a.wav", speech(0))

@@ -28,10 +28,11 @@ from metis_lib.config import SemanticCodecConfig, Stage2Config, preset
 from metis_lib.data.store import write_manifest
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report
-from metis_lib.training import data, loop, queue, recipes
+from metis_lib.training import data, loop, recipes
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
 from metis_lib.training.loop import TrainSettings, learning_rate, seconds_of
+from recipes.nano import queue
 from tests.training_jobs import DEBUG, MODELS, make_corpus, make_job, make_system
 
 pytestmark = pytest.mark.training
@@ -1063,8 +1064,8 @@ trip.main()
 
 def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypatch):
     """Packed here, trained where nothing but PyTorch is, cut into small files, brought home."""
-    from metis_lib.data.shards import Packed
     from recipes.nano import trip
+    from recipes.nano.packed import Packed
 
     manifest, system = workshop
     home = tmp_path / "home"
@@ -1198,7 +1199,7 @@ def test_tasks_are_scored_and_heard_in_the_log(workshop, tmp_path):
 # ---------------------------------------------------------------- what a second reader found
 
 
-def test_a_queue_goes_on_after_its_first_session_was_killed(small_queue, monkeypatch):
+def test_a_queue_goes_on_after_its_first_run_was_killed(small_queue, monkeypatch):
     path, manifest = small_queue
 
     class Killed(BaseException):

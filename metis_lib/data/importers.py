@@ -167,10 +167,10 @@ def table_entries(path: Path, notes: list[str]) -> Iterator[Entry]:
             yield {"path": f"{path.name}:{number}", "reason": "bad row", "detail": "no JSON object or line with a path"}
             continue
         ignored.update(k for k in values if k not in (*COLUMNS, "duration"))
-        where = path.parent / Path(values["path"].strip()).expanduser()
-        row = {k: v for k, v in values.items() if k in COLUMNS and v not in (None, "")} | {"path": str(where)}
-        if isinstance(row.get("video"), str):
-            row["video"] = str(path.parent / Path(row["video"].strip()).expanduser())
+        row = {k: v for k, v in values.items() if k in COLUMNS and v not in (None, "")}
+        for key in ("path", "video"):
+            if key in row:
+                row[key] = str(path.parent / os.path.expanduser(str(row[key]).strip()))
         yield row
     if ignored:
         notes.append(f"{path.name}: ignored the columns {', '.join(sorted(ignored))}")
@@ -233,7 +233,8 @@ def read_source(source: Path, notes: list[str]) -> list[Entry]:
         raise MetisError(f"{source}: no such folder or list; give a folder of recordings, a CSV, a JSONL or Lhotse")
     with open(source, "rb") as stream:
         head = stream.readline(4000)
-    if source.name.endswith(".jsonl.gz") or (b'"sources"' in head or b'"recording"' in head):
+    cuts = b'"sources"' in head or b'"recording"' in head
+    if source.name.endswith(".jsonl.gz") or (cuts and b'"path"' not in head):
         return list(lhotse_entries(source))
     if source.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
         raise MetisError(f"{source}: give a folder, a .csv, .tsv or .jsonl list, or a Lhotse .jsonl.gz")
@@ -318,8 +319,12 @@ def stated_path(path: str | Path, out: Path) -> str:
 
 def _clean(entry: Entry, out: Path) -> Entry:
     """An entry with values of the right types and an id; with ``reason`` where that is not possible."""
-    row: Entry = {k: " ".join(str(v).split()) for k, v in entry.items()}
-    row |= {k: stated_path(entry[k], out) for k in ("path", "video") if k in entry and "reason" not in entry}
+    row: Entry = {k: " ".join(str(v).encode("utf-8", "replace").decode().split()) for k, v in entry.items()}
+    row |= {
+        k: stated_path(str(entry[k]).encode("utf-8", "replace").decode(), out)
+        for k in ("path", "video")
+        if k in entry and "reason" not in entry
+    }
     row["human"] = row.get("human", "true").lower() in ("true", "1", "yes")
     try:
         row |= {k: float(entry[k]) if entry.get(k) is not None else None for k in ("start", "end")}

@@ -2,13 +2,11 @@
 
 What is drawn knows viseme classes alone: phones of one class give the same pixels, voicing is invisible, and
 neighbours of one class melt together.  Co-articulation follows Cohen and Massaro (1993): every segment pulls the
-articulators to its target with a dominance that falls off in time.  :func:`oracle_phone_error` says how many
-phones even a perfect reader of these classes gets wrong.
+articulators to its target with a dominance that falls off in time.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,7 +59,6 @@ _TARGETS = np.array([
 ])  # fmt: skip
 _SCALE = 2  # the face is drawn this many times larger than it is shown
 _SIZE = CROP * _SCALE
-Sequences = Sequence[Sequence[str]]
 
 
 def visemes(phones: Sequence[str]) -> list[int]:
@@ -236,31 +233,3 @@ def render(phones: Sequence[Timed], frames_50hz: int, style: FaceStyle, generato
         noise = generator.standard_normal((CROP, CROP), np.float32) * style.noise
         out[n] = np.clip(seen * light + noise + 0.5, 0, 255)
     return out
-
-
-def oracle_phone_error(train_phones: Sequences, test_phones: Sequences, order: int = 2) -> float:
-    """How many phones of ``test_phones`` the best guess from their true classes gets wrong, as a part of all (0..1).
-
-    One class a phone is given, so nothing is inserted or left out: more than any reader of the pictures has.  Word
-    boundaries and punctuation are left out.  ``order`` 2 is a phone bigram model counted in ``train_phones``
-    (Viterbi), 1 the commonest phone of each class.
-    """
-    spoken = [[[p for p in s if CLASS_OF.get(p) != 0] for s in part] for part in (train_phones, test_phones)]
-    pairs = Counter((a, b) for s in spoken[0] for a, b in zip(["", *s], s, strict=False))
-    single = Counter(p for s in spoken[0] for p in s)
-    before = Counter(p for s in spoken[0] for p in ["", *s[:-1]])
-    members = [phones.split() for phones in VISEMES.values()]
-    total = sum(single.values()) + len(CLASS_OF)
-
-    def score(a: str, b: str) -> float:
-        alone = (single[b] + 1) / total
-        return float(np.log(alone if order == 1 else (pairs[a, b] + 5 * alone) / (before[a] + 5)))
-
-    wrong = count = 0
-    for sentence in spoken[1]:
-        best: dict[str, tuple[float, list[str]]] = {"": (0.0, [])}
-        for number in visemes(sentence):
-            best = {b: max((v + score(a, b), [*path, b]) for a, (v, path) in best.items()) for b in members[number]}
-        guess = max(best.values())[1]
-        wrong, count = wrong + sum(a != b for a, b in zip(guess, sentence, strict=True)), count + len(sentence)
-    return wrong / max(count, 1)

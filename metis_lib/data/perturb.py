@@ -7,21 +7,18 @@ Any callable ``(wav_24k [S], numpy Generator) -> wav_24k [S]`` does here; :class
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
 
 from metis_lib.config import AUDIO_RATE
 from metis_lib.errors import MetisError
 
-
-class Perturb(Protocol):
-    """What takes the speaker from speech: float32 [S] at 24 kHz in, as many samples out, in time with it."""
-
-    def __call__(self, wav_24k: np.ndarray, generator: np.random.Generator, /) -> np.ndarray:
-        """The same words at the same time by somebody else; the same generator gives the same samples."""
-        ...
+Perturb = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""What takes the speaker from speech: float32 [S] at 24 kHz in, as many samples out, in time with it; the same
+generator gives the same samples."""
 
 
 # Praat keeps its own source of chance for unvoiced stretches: seeded in the same script, nothing comes between.

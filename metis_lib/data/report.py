@@ -75,7 +75,7 @@ def bandwidth(wav: np.ndarray, rate: int) -> float:
     Each frequency counts by the 98th percentile of its power over time, so that sibilants show it.  On human
     recordings limited to 2, 4, 5.5 and 8 kHz it is right within 10 %.
     """
-    size = min(1 << round(np.log2(rate / 23)), len(wav))  # about 43 ms
+    size = min(1 << max(round(np.log2(rate / 23)), 3), len(wav))  # about 43 ms
     starts = np.linspace(0, len(wav) - size, min(max(2 * len(wav) // size - 1, 1), 1500)).astype(int)
     frames = wav[starts[:, None] + np.arange(size)] * np.hanning(size).astype(np.float32)
     power = np.abs(np.fft.rfft(frames, axis=1)) ** 2
@@ -139,11 +139,11 @@ def measure(path: Path, spans: Sequence[tuple[float | None, float | None]]) -> l
 
     Nothing raises: whatever is wrong with the file is the result.
     """
-    if not path.is_file() or path.stat().st_size == 0:
-        return [_bad("empty", "the file has no bytes") if path.is_file() else _bad("missing")] * len(spans)
+    if not os.path.isfile(path) or path.stat().st_size == 0:  # Path.is_file raises for a name that is too long
+        return [_bad("empty", "the file has no bytes") if os.path.isfile(path) else _bad("missing")] * len(spans)
     try:
         file = soundfile.SoundFile(str(path))
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:  # TypeError: headerless
         return [_bad("not audio", error)] * len(spans)
     with file:
         cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
@@ -172,16 +172,17 @@ def measure_all(
     try:
         lines = read_jsonl(part)
         write_jsonl(part, lines)  # without a last line that was cut short
-        lines = [{k: v for k, v in r.items() if k not in ("id", "warnings")} for r in read_jsonl(cache) + lines]
+        lines = read_jsonl(cache) + lines
     except (OSError, ValueError) as error:
         raise MetisError(f"{cache}: cannot be read and written ({error}); remove it or give another place") from None
 
     @functools.cache
     def stamp(path: str) -> tuple[int, int]:
-        stat = (root / path).stat() if (root / path).is_file() else None
+        stat = (root / path).stat() if os.path.isfile(root / path) else None
         return (stat.st_size, stat.st_mtime_ns) if stat else (-1, 0)
 
-    known = {tuple(r[k] for k in fields): r for r in lines}
+    told = {tuple(r.get(k) for k in fields): {k: r.pop(k) for k in ("id", "warnings") if k in r} for r in lines}
+    known = {tuple(r.get(k) for k in fields): r for r in lines}
     keys = [(path, start, end, *stamp(path)) for path, start, end in items]
     todo: dict[str, list[Any]] = defaultdict(list)
     for key in dict.fromkeys(keys):
@@ -197,7 +198,8 @@ def measure_all(
             if done % 1000 == 0:
                 say(f"{done} of {len(todo)} recordings looked at")
     if todo:
-        write_jsonl(cache, known.values())
+        now = (key for key in known if key[3:] == stamp(key[0]))  # what has changed since is not known any more
+        write_jsonl(cache, (told.get(key, {}) | known[key] for key in now))
     part.unlink(missing_ok=True)
     return [dict(known[key]) for key in keys]
 

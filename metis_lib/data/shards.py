@@ -17,8 +17,7 @@ import platform
 import re
 import tarfile
 import time
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -122,22 +121,19 @@ def _hear(row: Row) -> tuple[Tensor, Tensor, Tensor] | str:
     return wav, features[0], attended
 
 
-def _batches(rows: Sequence[Row], seconds: float) -> list[list[int]]:
-    """Indices of rows, by duration; a batch has at most ``seconds`` with its padding, or one row."""
-    out: list[list[int]] = [[]]
-    for i in sorted(range(len(rows)), key=lambda i: rows[i].duration):
-        if out[-1] and rows[i].duration * (len(out[-1]) + 1) > seconds:
-            out.append([])
-        out[-1].append(i)
-    return out
-
-
-def _load(system: str, parts: Iterable[str], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The tokenizers, ready to use."""
-    from metis_lib.stores import Folder, Random
-
-    store: Any = Random(system) if system == "debug" else Folder(system)
-    return {part: freeze(store.part(part.removesuffix("_codec")).to(device, dtype)) for part in parts}
+def batches_of(items: np.ndarray, lengths: Sequence[float] | np.ndarray, most: float) -> list[list[int]]:
+    """Cut a sequence of items into batches of at most ``most`` with their padding (or one item)."""
+    out: list[list[int]] = []
+    batch: list[int] = []
+    widest: Any = 0
+    for i in items.tolist():
+        wider = max(widest, lengths[i])
+        if batch and wider * (len(batch) + 1) > most:
+            out.append(batch)
+            batch, wider = [], lengths[i]
+        batch.append(i)
+        widest = wider
+    return [*out, batch] if batch else out
 
 
 @torch.no_grad()
@@ -176,7 +172,8 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes | np.ndarray) -> list[i
 def _shard(path: Path, rows: Sequence[Row], models: dict[str, Any], settings: dict[str, Any], pool: Any) -> int:
     """Write the shard of some rows, and before it is named the JSON file beside it; returns its frames."""
     done: dict[int, Any] = {}
-    batches, phones = _batches(rows, settings["batch_seconds"]), PhoneTokenizer()
+    lengths, phones = [row.duration for row in rows], PhoneTokenizer()
+    batches = batches_of(np.argsort(lengths, kind="stable"), lengths, settings["batch_seconds"])
     waiting = {i: pool.submit(_hear, rows[i]) for batch in batches for i in batch}
     for batch in batches:
         done |= {i: waiting.pop(i).result() for i in batch}
@@ -253,6 +250,7 @@ def tokenise(
         MetisError: no rows, a folder of other settings, a damaged shard, a full disk.
     """
     from metis_lib.pipeline import pick_device
+    from metis_lib.stores import Folder, Random
 
     out, system, begun = Path(out), str(system), time.perf_counter()
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
@@ -274,6 +272,7 @@ def tokenise(
     else:
         configs = {part: load_config_and_card(locate(system) / part, _PARTS[part])[0] for part in parts}
         weights = {part: system_hash(locate(system) / part) for part in parts}
+    store: Any = Random(system) if system == "debug" else Folder(system)
     lines = [json.dumps(_given(row), sort_keys=True) for row in rows]
     settings = {
         "split": split, "shard_items": shard_items, "features": features, "acoustic": acoustic, "dtype": dtype,
@@ -290,7 +289,9 @@ def tokenise(
         for i in range(rank, len(paths), world):
             if paths[i].exists() and paths[i].with_suffix(".json").exists():
                 continue
-            models = models or _load(system, configs, where, getattr(torch, dtype))
+            models = models or {
+                part: freeze(store.part(part.removesuffix("_codec")).to(where, getattr(torch, dtype))) for part in parts
+            }
             some = rows[i * shard_items : (i + 1) * shard_items]
             seconds += _shard(paths[i], some, models, settings, pool) / FRAME_RATE
             written += 1
@@ -328,28 +329,24 @@ class Shards:
             data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         return path, data, _read(path.with_suffix(".json"))["members"]
 
-    def _bytes(self, i: int) -> tuple[Path, list[bytes]]:
+    def _item(self, i: int, parts: int | None = None) -> tuple[Any, ...]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"item {i} of {len(self)}")
         shard = int(np.searchsorted(self.ends, i % len(self), side="right"))
         path, data, members = self._open(shard)
-        spans = members[i % len(self) - self.ends[shard]][2:]  # counted from the shard's end
-        return path, [data[start : start + size] for start, size in spans]
-
-    def __getitem__(self, i: int) -> tuple[Any, ...]:
-        path, (record, *arrays) = self._bytes(i)
+        spans = members[i % len(self) - self.ends[shard]][2:][:parts]  # counted from the shard's end
+        record, *arrays = (data[start : start + size] for start, size in spans)
         try:
             return json.loads(record), *(np.load(io.BytesIO(array)) for array in arrays)
         except (ValueError, EOFError) as error:
             raise MetisError(f"{path} {AGAIN}") from error
 
+    def __getitem__(self, i: int) -> tuple[Any, ...]:
+        return self._item(i)
+
     def record(self, i: int) -> dict[str, Any]:
         """What is known of item ``i``, without its tokens."""
-        path, (record, *_) = self._bytes(i)
-        try:
-            return json.loads(record)
-        except ValueError as error:
-            raise MetisError(f"{path} {AGAIN}") from error
+        return self._item(i, 1)[0]
 
     def lengths(self) -> np.ndarray:
         """Frames of every item, to plan batches by."""
@@ -387,86 +384,3 @@ def stream(folder: str | Path, **order: int) -> Iterator[tuple[Any, ...]]:
     """
     shards = Shards(folder)
     return (shards[i] for i in shards.order(**order))
-
-
-class Packed:
-    """Token shards as one small file (14 bytes a frame where codebooks have at most 256 entries): for a machine that
-    has little room or no way to reach the corpus.  Read like :class:`Shards`; a record holds ``id``, ``speaker`` and
-    ``phones``.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        from safetensors.numpy import load_file
-
-        self.path, self._data = Path(path), load_file(path)
-        self._about = json.loads(zlib.decompress(self._data["about"].tobytes()))
-        self.ends = np.array([len(self._data["ends"])])
-        self._bounds = {key: np.concatenate([[0], self._data[key]]) for key in ("ends", "phone_ends")}
-        self._symbols = {i: phone for phone, i in PhoneTokenizer().vocab.items()}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Packed, (self.path,)
-
-    def __len__(self) -> int:
-        return int(self.ends[0])
-
-    def lengths(self) -> np.ndarray:
-        """Frames of every item."""
-        return np.diff(self._bounds["ends"])
-
-    def record(self, i: int) -> dict[str, Any]:
-        """``id``, ``speaker`` and ``phones``."""
-        first, last = self._bounds["phone_ends"][i : i + 2]
-        id, speaker = self._about[i]
-        phones = [self._symbols[int(p)] for p in self._data["phones"][first:last]]
-        return {"id": id, "speaker": speaker, "phones": phones}
-
-    def __getitem__(self, i: int) -> tuple[Any, ...]:
-        first, last = self._bounds["ends"][i : i + 2]
-        streams = [self._data["ssl"][first:last, None], self._data["codes"][first:last]]
-        return self.record(i), np.concatenate([stream.astype(np.int16) for stream in streams], axis=1)
-
-
-def pack(
-    shards: Shards, path: str | Path, *, megabytes: float | None = None, layers: int | None = None, seed: int = 0
-) -> dict[str, float]:
-    """Write items of ``shards`` in random order into one file of at most ``megabytes``; nano's phone table; the first
-    ``layers`` of the acoustic codes (None: all).
-
-    Returns:
-        ``items``, ``hours`` and ``bytes``.
-    """
-    from safetensors.numpy import save_file
-
-    vocab, columns = (
-        PhoneTokenizer().vocab,
-        dict[str, list[Any]](ssl=[], codes=[], phones=[], ends=[], phone_ends=[], about=[]),
-    )
-    about = _read(shards.folder / "settings.json") if (shards.folder / "settings.json").is_file() else {}
-    codes = about.get("config", {}).get("acoustic_codec", {}).get("codebook_size", 1024)
-    frames = phones = 0
-    for i in np.random.default_rng(seed).permutation(len(shards)):
-        record, tokens, *_ = shards[int(i)]
-        ids = [vocab[p] for p in record.get("phones", ()) if p in vocab]
-        narrow = tokens[:, 1 : None if layers is None else 1 + layers].astype(np.uint8 if codes <= 256 else np.int16)
-        size = (
-            (frames + len(tokens)) * (2 + narrow.itemsize * narrow.shape[1])
-            + phones
-            + len(ids)
-            + 48 * (len(columns["ends"]) + 1)  # places, names
-        )
-        if megabytes is not None and size > megabytes * 1e6 - 2000:
-            break
-        frames, phones = frames + len(tokens), phones + len(ids)
-        about_it = (record["id"], record.get("speaker", ""))
-        values = (tokens[:, 0], narrow, np.array(ids, np.uint8), frames, phones, about_it)
-        for column, value in zip(columns.values(), values, strict=True):
-            column.append(value)
-    if not frames:
-        raise MetisError(f"{megabytes} MB hold no item of {shards.folder}")
-    arrays = {key: np.concatenate(columns[key]) for key in ("ssl", "codes", "phones")}
-    arrays |= {key: np.array(columns[key], np.int32) for key in ("ends", "phone_ends")}
-    arrays["about"] = np.frombuffer(zlib.compress(json.dumps(columns["about"]).encode()), np.uint8)
-    with _whole(Path(path)) as stream:
-        save_file(arrays, stream.name)
-    return {"items": len(columns["ends"]), "hours": frames / FRAME_RATE / 3600, "bytes": Path(path).stat().st_size}

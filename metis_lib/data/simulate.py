@@ -19,9 +19,9 @@ from metis_lib.config import AUDIO_RATE, FRAME_RATE
 from metis_lib.errors import MetisError
 
 HOP = AUDIO_RATE // FRAME_RATE
+"""Samples of a token at 24 kHz: prompts are whole tokens."""
 TALK = 10
 """Seconds of a recording that babble is made of."""
-"""Samples of a token at 24 kHz: prompts are whole tokens."""
 
 
 def power(wav: np.ndarray) -> float:
@@ -264,16 +264,9 @@ class Extraction:
 
 
 def degrade(
-    wav: np.ndarray,
-    rate: int,
-    *,
-    noises: Noises,
-    generator: np.random.Generator,
-    params: Degradation = Degradation(),
-    rooms: Rooms | None = None,
-    speaker: str | None = None,
-    noise_kind: str | None = None,
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    wav: np.ndarray, rate: int, *, noises: Noises, generator: np.random.Generator, params: Degradation = Degradation(),
+    rooms: Rooms | None = None, speaker: str | None = None, noise_kind: str | None = None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:  # fmt: skip
     """Degrade clean speech: room, then noise, then clipping, then band limit.
 
     Args:

@@ -93,7 +93,8 @@ def parse_row(values: Any, *, root: Path, where: str) -> Row:
     if values["split"] not in SPLITS:
         raise MetisError(f"{where}: split must be one of {', '.join(SPLITS)}, not {values['split']!r}")
     start, end = values.get("start") or 0.0, values.get("end")
-    if not 0 < values["duration"] < float("inf") or start < 0 or (end is not None and not start < end):
+    most = float("inf")
+    if not 0 < values["duration"] < most or not 0 <= start < most or not (end is None or start < end < most):
         raise MetisError(f"{where}: duration, start and end must be positive seconds in order")
     if not values["id"] or not values["path"]:
         raise MetisError(f"{where}: id and path must not be empty")
@@ -118,7 +119,11 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) ->
         )
     rows: list[Row] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise MetisError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -136,18 +141,6 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) ->
     if not rows:
         raise MetisError(f"{path}: the manifest is empty")
     return rows
-
-
-def row(
-    id: str, path: Path, root: Path, text: str, speaker: str, samples: int, split: str, source: str,
-    licence: str, human: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """A manifest row of a 24 kHz English recording."""
-    return {
-        "id": id, "path": path.relative_to(root).as_posix(), "text": text, "language": "en",
-        "speaker": speaker, "duration": round(samples / AUDIO_RATE, 3), "split": split, "source": source,
-        "licence": licence, "human": human,
-    }  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:
@@ -229,7 +222,6 @@ class FlatStore:
         items, end, shape, dtype = [], 0, (), np.dtype(np.int16)
         with open(temporary / "raw", "wb") as stream:
             for record, array in pieces:
-                array = np.ascontiguousarray(array)
                 shape, dtype = array.shape[1:], array.dtype
                 stream.write(array.tobytes())
                 end += len(array)
@@ -263,7 +255,7 @@ def read_span(row: Row, **limits: Any) -> Tensor:
             first = file.seek(round((row.start or 0.0) * file.samplerate))
             count = -1 if row.end is None else round(row.end * file.samplerate) - first
             span = file.read(count, "float32", always_2d=True), file.samplerate
-    except (soundfile.SoundFileError, OSError, RuntimeError) as error:
+    except (soundfile.SoundFileError, OSError, RuntimeError, TypeError) as error:
         raise MetisError(f"{row.path}: the span cannot be read ({str(error).rsplit(': ', 1)[-1]})") from error
     return audio.load(span, AUDIO_RATE, **limits)
 

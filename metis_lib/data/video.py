@@ -166,7 +166,9 @@ def read_lips(
     path: str | os.PathLike[str], *, resample: bool = False, detect: Detector = mediapipe_points,
     longest: float = LONGEST_SECONDS,
 ) -> np.ndarray:  # fmt: skip
-    """A video file as mouth crops, uint8 [N, 96, 96] at 25 fps; the errors of :func:`mouth_crops` name the file."""
+    """A video file, or an .npz of crops, as mouth crops, uint8 [N, 96, 96] at 25 fps; errors name the file."""
+    if str(path).endswith(".npz"):
+        return read_crops(path)
     try:
         return mouth_crops(Video(Path(path), resample, longest), detect)
     except MetisError as error:

@@ -271,9 +271,9 @@ class Systems:
 
 def still(item: Item) -> Any:
     """The first picture of an item's video for all of its length: mouth crops uint8 ``[N, 96, 96]``."""
-    from metis_lib.data.video import read_crops, read_lips
+    from metis_lib.data.video import read_lips
 
-    crops = read_crops(str(item.video)) if str(item.video).endswith(".npz") else read_lips(str(item.video))
+    crops = read_lips(str(item.video))
     return crops[:1].repeat(len(crops), 0)
 
 

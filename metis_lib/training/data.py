@@ -29,7 +29,7 @@ from metis_lib import audio
 from metis_lib.assets import metis_home, sha256_file
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE
 from metis_lib.data.examples import Example, Pool, Simulated, Simulation, Sources
-from metis_lib.data.shards import Shards
+from metis_lib.data.shards import Shards, batches_of
 from metis_lib.data.simulate import HOP, Noises, Rooms, degrade
 from metis_lib.data.store import UNKNOWN, FlatStore, read_jsonl, read_manifest, store_waves, write_text
 from metis_lib.errors import MetisError
@@ -45,13 +45,10 @@ Batch = dict[str, Any]
 
 
 class Source(Protocol):
-    """``lengths [N]`` in frames (0: never used), ``ends`` of the shards (None: one), and batches of items."""
+    """``lengths [N]`` in frames (0: never used), ``ends`` of shards where there are many, batches of items."""
 
     @property
     def lengths(self) -> np.ndarray: ...
-
-    @property
-    def ends(self) -> np.ndarray | None: ...
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         """The batch of ``items`` in epoch ``epoch`` at optimiser step ``step``."""
@@ -77,21 +74,6 @@ def padded(arrays: Sequence[Tensor], value: float = 0.0) -> tuple[Tensor, Tensor
 # ---------------------------------------------------------------- the plan
 
 
-def pack(items: np.ndarray, lengths: np.ndarray, frames: int) -> list[list[int]]:
-    """Cut a sequence of items into batches of at most ``frames`` padded frames (or one item)."""
-    out: list[list[int]] = []
-    batch: list[int] = []
-    widest = 0
-    for i in items.tolist():
-        wider = max(widest, int(lengths[i]))
-        if batch and wider * (len(batch) + 1) > frames:
-            out.append(batch)
-            batch, wider = [], int(lengths[i])
-        batch.append(i)
-        widest = wider
-    return [*out, batch] if batch else out
-
-
 def plan(
     lengths: np.ndarray, frames: int, group: int, *, seed: int, epoch: int, ends: np.ndarray | None = None,
     window: int = 100_000,
@@ -113,7 +95,7 @@ def plan(
             continue
         items, pool, held = np.concatenate(pool), [], 0
         items = items[np.argsort(lengths[items] * rng.uniform(0.9, 1.1, len(items)), kind="stable")]
-        batches = pack(items, lengths, frames)
+        batches = batches_of(items, lengths, frames)
         while batches and len(batches) % group:
             batches.append(batches[int(rng.integers(len(batches)))])
         for g in rng.permutation(len(batches) // group):
@@ -135,23 +117,10 @@ def _begin_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-class _Here:
-    """An iterator that goes on after a batch that cannot be made, as a loader's does (a generator would not)."""
-
-    def __init__(self, fetch: _Fetch, positions: Iterator[tuple[int, int, list[int]]]) -> None:
-        self.fetch, self.positions = fetch, positions
-
-    def __iter__(self) -> _Here:
-        return self
-
-    def __next__(self) -> Batch:
-        return self.fetch[next(self.positions)]
-
-
 def read(source: Source, positions: Iterable[tuple[int, int, list[int]]], workers: int = 0) -> Iterable[Batch]:
     """The batches of (epoch, step, items), in order, made here or ahead by ``workers`` processes."""
     if not workers:
-        return _Here(_Fetch(source), iter(positions))
+        return map(_Fetch(source).__getitem__, positions)  # goes on after a batch that cannot be made, as a loader does
     return DataLoader(
         _Fetch(source), batch_size=None, sampler=positions,  # type: ignore[arg-type]
         num_workers=workers, prefetch_factor=4, worker_init_fn=_begin_worker, multiprocessing_context="forkserver",
@@ -176,9 +145,8 @@ class Feed:
         """(epoch, step, items) of every batch of one process, from ``step`` on."""
         at, s = 0, self.settings
         for epoch in itertools.count():
-            groups = plan(
-                self.source.lengths, s.frames, world * accumulate, seed=s.seed, epoch=epoch, ends=self.source.ends
-            )
+            ends = getattr(self.source, "ends", None)
+            groups = plan(self.source.lengths, s.frames, world * accumulate, seed=s.seed, epoch=epoch, ends=ends)
             for group in groups:
                 if at >= step:
                     for items in group[rank * accumulate : (rank + 1) * accumulate]:
@@ -200,11 +168,6 @@ class Feed:
 
 FILES = "recordings.json"
 """Sizes and times of the recordings that a folder was prepared from."""
-
-
-def corpus(name: str = "nano") -> Path:
-    """Folder of a prepared corpus."""
-    return metis_home() / "corpora" / name
 
 
 def prepared(manifest: Path) -> Path:
@@ -263,7 +226,7 @@ def waves_of(manifest: Path, split: str) -> FlatStore:
 def sources_of(manifest: Path, split: str, pool: Pool | None = None) -> Sources:
     """Other speakers, noise and rooms beside a manifest; held-out recordings hear held-out noise."""
     folder = manifest.parent
-    held_out = {row["split"] for row in read_jsonl(folder / "noise.jsonl")} - {"train"}
+    held_out = {row.get("split", "train") for row in read_jsonl(folder / "noise.jsonl")} - {"train"}
     chosen = "test" if split != "train" and "test" in held_out else "train"
     noises = Noises.load(folder, manifest=manifest, split=chosen)
     return Sources(pool, noises, Rooms.load(folder) if (folder / "rirs.safetensors").is_file() else None)
@@ -279,7 +242,6 @@ class Crops:
     waves: FlatStore
     frames: int = 30
     seed: int = 0
-    ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         sizes = self.waves.ends - self.waves.starts
@@ -331,7 +293,6 @@ class Speech:
     seed: int = 0
     share: float = 0.35
     taught: Taught | None = None
-    ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         frames = (self.waves.ends - self.waves.starts) // HOP
@@ -340,11 +301,8 @@ class Speech:
         self.phones = _phone_ids(texts, PhoneTokenizer())
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
-        clean: list[Tensor] = []
-        heard: list[Tensor] = []
-        spans: list[Tensor] = []
         phones: list[list[int]] = []
-        taught: list[Tensor] = []
+        clean, heard, spans, taught = (list[Tensor]() for _ in range(4))
         for i in items:
             rng, wav = chance(self.seed, epoch, i), self.waves[i]
             first = int(rng.integers(max(len(wav) - self.longest * HOP, 0) + 1))
@@ -352,8 +310,7 @@ class Speech:
             phones.append(self.phones[i] if len(wav) <= self.longest * HOP else [])
             wav = wav[first : first + self.longest * HOP].astype(np.float32) / 32767
             clean.append(_heard(wav))
-            degraded = self.sources is not None and rng.random() < self.noisy and np.abs(wav).max() > 0
-            if degraded and self.sources is not None:
+            if self.sources is not None and rng.random() < self.noisy and np.abs(wav).max() > 0:
                 who = self.waves.items[i]["speaker"]
                 noisy, _, _ = degrade(
                     wav, AUDIO_RATE, noises=self.sources.noises, rooms=self.sources.rooms, generator=rng, speaker=who
@@ -487,10 +444,8 @@ class Tokens:
                 out |= self._times(out, ids, items, names, epoch)
         if self.layer_weights is not None:
             odds = np.array(self.layer_weights)
-            out |= {
-                "codes": tokens[..., 1:],
-                "layer": int(chance(self.seed, step, 2).choice(len(odds), p=odds / odds.sum())),
-            }
+            layer = int(chance(self.seed, step, 2).choice(len(odds), p=odds / odds.sum()))
+            out |= {"codes": tokens[..., 1:], "layer": layer}
         return out
 
     def _times(
@@ -517,6 +472,24 @@ def _masks(masks: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Batch:
     return {"t": torch.cat(times), "prompt": torch.cat(prompts), "hidden": padded([h[0] for h in hidden])[0]}
 
 
+def masks_after(
+    source: Any, items: Sequence[int], given: Sequence[int], lengths: Tensor, epoch: int, lost: bool
+) -> Batch:
+    """``t``, ``prompt``, ``hidden`` and ``exists`` of rows that begin with ``given`` frames, which, if ``lost``, go
+    unseen with probability ``source.dropout``."""
+    free, masks = replace(source.masking, prompt_probability=0.0), []
+    exists = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+    for row, (i, n) in enumerate(zip(map(int, items), lengths.tolist(), strict=True)):
+        prompt = min(given[row], n - 1)
+        t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(source.seed, epoch, i))
+        hidden[:, :prompt] = False
+        hidden[0, prompt] |= ~hidden.any()
+        masks.append((t, torch.tensor([prompt]), hidden))
+        if lost and chance(source.seed, epoch, i, 2).random() < source.dropout:
+            exists[row, :prompt] = False
+    return _masks(masks) | {"exists": exists}
+
+
 @dataclass
 class Adaptation:
     """Simulated examples for fine-tuning a task from audio (:mod:`metis_lib.data.examples`).
@@ -537,7 +510,6 @@ class Adaptation:
     dropout: float = 0.1
     longest: int = 600
     seed: int = 0
-    ends: np.ndarray | None = None
     tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
 
     def __post_init__(self) -> None:
@@ -558,9 +530,7 @@ class Adaptation:
     def _known(self, i: int, example: Example) -> Tensor | None:
         """SSL tokens ``[T]`` of an example's target from the shards; None where it is cut or not there."""
         at = self.at.get(example.id) if len(example.target) == self.pool.samples[i] else None
-        return (
-            None if at is None or self.shards is None else torch.from_numpy(self.shards[at][1][:, 0].astype(np.int64))
-        )
+        return None if at is None else torch.from_numpy(self.shards[at][1][:, 0].astype(np.int64))  # type: ignore[index]
 
     def batch(self, items: Sequence[int], *, epoch: int, step: int) -> Batch:
         names, odds = list(self.odds), np.array(list(self.odds.values()), float)
@@ -587,18 +557,9 @@ class Adaptation:
         out["tokens" if whole else "target"] = padded([x[:n] for x, n in zip(said, lengths, strict=True)])[0]
         if heard[0] is not None:
             out["condition"] = padded([c[:n] for c, n in zip(heard, lengths, strict=True)])[0]
-        masks = []
-        free = replace(self.masking, prompt_probability=0.0)
-        exists = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
-        for row, ((i, example), n) in enumerate(zip(examples, lengths, strict=True)):
-            given = min(example.prompt // HOP, n - 1) if task != "tts" or told else 0
-            t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(self.seed, epoch, i))
-            hidden[:, :given] = False
-            hidden[0, given] |= ~hidden.any()
-            masks.append((t, torch.tensor([given]), hidden))
-            if like(task) in ("vc", "tse") and chance(self.seed, epoch, i, 2).random() < self.dropout:
-                exists[row, :given] = False
-        out |= _masks(masks) | {"exists": exists}
+        given = [example.prompt // HOP if task != "tts" or told else 0 for _, example in examples]
+        lost = like(task) in ("vc", "tse")
+        out |= masks_after(self, [i for i, _ in examples], given, out["lengths"], epoch, lost)
         if told:
             texts = ((example.text or "", self.pool.languages[i]) for i, example in examples)
             ids = _phone_ids(texts, self.tokenizer)
@@ -621,7 +582,6 @@ class Lips:
     masking: MaskingSettings = MaskingSettings()
     longest: int = 300
     seed: int = 0
-    ends: np.ndarray | None = None
     tokenizer: PhoneTokenizer = field(default_factory=PhoneTokenizer)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from metis_lib.checkpoints import TaskConfig
 from metis_lib.config import AUDIO_RATE, DecodeSettings, Stage1Config, Stage2Config
 from metis_lib.errors import MetisError
-from metis_lib.models import adapt
+from metis_lib.models import adapt, masked
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
@@ -27,10 +27,7 @@ STAGE2_MASKING = MaskingSettings(prompt_probability=0.85, max_prompt_fraction=0.
 
 def exists(batch: Batch) -> Tensor:
     """``[B, T]`` True where a frame is to be seen."""
-    if "exists" in batch:
-        return batch["exists"]
-    lengths = batch["lengths"]
-    return torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+    return batch["exists"] if "exists" in batch else masked.exists(batch["lengths"], int(batch["lengths"].max()))
 
 
 def encode(batch: Batch, frozen: Frozen | None, lips: LipEncoder | None = None) -> Batch:
@@ -143,13 +140,8 @@ class Stage1Training(Objective):
         more = {key: batch.get(key) for key in ("condition", "hint")}
         if "phones" in batch:  # of one utterance alone: others would be heard through their padding
             more["phones"] = batch["phones"][:1, batch["phone_mask"][0]]
-        made = self.model.generate(
-            nothing,
-            batch["lengths"],
-            settings=DecodeSettings(steps=10),
-            generator=torch.Generator().manual_seed(1),
-            **more,
-        )
+        more |= {"settings": DecodeSettings(steps=10), "generator": torch.Generator().manual_seed(1)}
+        made = self.model.generate(nothing, batch["lengths"], **more)
         assert isinstance(made, Tensor)
         return batch, made
 

@@ -382,14 +382,8 @@ def fit(
     if average:
         for key, value in rest.get("average", {}).items():
             average.values[key].copy_(value)
-    progress = {
-        "step": first,
-        "skipped": 0,
-        "seconds": 0.0,
-        "cpu_seconds": 0.0,
-        "frames": 0.0,
-        **rest.get("progress", {}),
-    }
+    progress: dict[str, Any] = {"step": first, "skipped": 0, "seconds": 0.0, "cpu_seconds": 0.0, "frames": 0.0}
+    progress |= rest.get("progress", {})
     scores: dict[str, Any] = rest.get("scores", {})
     best: dict[str, Any] = rest.get("best", {}) if settings.best and not forget_best else {}
     if settings.best and not whole(fabric):
@@ -511,12 +505,8 @@ def fit(
                 log.add(line, samples)
                 if fabric.is_global_zero:
                     numbers = {k: v for k, v in line.items() if k != "step" and isinstance(v, float | int)}
-                    say(
-                        " ".join(
-                            [f"step {line['step']}/{settings.steps}", *(f"{k} {v:.4g}" for k, v in numbers.items())]
-                        )
-                        + (f" {scores}" if checked else "")
-                    )
+                    said = "".join(f" {k} {v:.4g}" for k, v in numbers.items()) + (f" {scores}" if checked else "")
+                    say(f"step {line['step']}/{settings.steps}{said}")
             if last or votes[1] > 0 or (settings.save_every and progress["step"] % settings.save_every == 0):
                 tick()
                 save()
@@ -583,8 +573,3 @@ def _memory_advice(settings: TrainSettings) -> Iterator[None]:
             f"out of memory with {settings.frames} frames a batch; lower frames (and raise accumulate, now "
             f"{settings.accumulate}, as much)" + ("" if settings.checkpointing else ", or set checkpointing")
         ) from error
-
-
-def card(scores: dict[str, Any], settings: TrainSettings, **facts: Any) -> dict[str, Any]:
-    """What is written beside the weights: settings, measured scores, facts about the data."""
-    return {"scores": scores, "settings": asdict(settings), **facts}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,15 +20,14 @@ from torch import Tensor
 
 from metis_lib.data.store import UNKNOWN, FlatStore
 from metis_lib.errors import MetisError
-from metis_lib.models.masked import MaskingSettings, draw_masks
-from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, padded, plan, read, torch_chance
+from metis_lib.models.masked import MaskingSettings
+from metis_lib.training.data import Batch, Feed, Source, about_as_long, chance, masks_after, padded, plan, read
 from metis_lib.training.loop import TrainSettings
 
 
 def prepare(
-    source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: float = 1, frames: int = 4000,
-    workers: int = 0, say: Callable[[str], None] = warnings.warn,
-) -> FlatStore:  # fmt: skip
+    source: Source, given: Callable[[Batch], Batch], folder: Path, *, passes: float = 1, workers: int = 0
+) -> FlatStore:
     """The examples of a source, encoded, in ``folder``; made on first use.
 
     Args:
@@ -48,7 +47,7 @@ def prepare(
     def pieces() -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         places: list[tuple[int, int, list[int]]] = []
         for epoch in range(math.ceil(passes)):
-            batches = list(plan(source.lengths, frames, 1, seed=0, epoch=epoch))
+            batches = list(plan(source.lengths, 4000, 1, seed=0, epoch=epoch))
             for (items,) in batches[: math.ceil((passes - epoch) * len(batches))]:
                 places.append((epoch, len(places), items))
         made = iter(read(source, places, workers))
@@ -56,7 +55,7 @@ def prepare(
             try:
                 batch = given(next(made))
             except MetisError as error:
-                say(f"left out {len(items)} recordings: {error}")
+                warnings.warn(f"left out {len(items)} recordings: {str(error).splitlines()[-1]}", stacklevel=2)
                 continue
             tokens = batch["tokens"].cpu().numpy().astype(np.int16)
             bits = batch["condition"].to(torch.float16).cpu().numpy().view(np.int16)
@@ -125,7 +124,6 @@ class Prepared:
     seed: int = 0
     voices: Voices | None = None
     blind: bool = False
-    ends: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self.lengths = self.store.ends - self.store.starts
@@ -145,23 +143,9 @@ class Prepared:
         wanted = chance(self.seed, epoch, int(items[0]), 5).uniform(25, Voices.LONGEST)
         arrays, given = zip(*(self._example(int(i), epoch, wanted) for i in items), strict=True)
         both, lengths = padded(arrays)
-        exists = torch.arange(both.shape[1])[None] < lengths[:, None]
-        free = replace(self.masking, prompt_probability=0.0)
-        times, prompts, masks = [], [], []
-        for row, (i, n) in enumerate(zip(items, lengths.tolist(), strict=True)):
-            prompt = min(given[row], n - 1)
-            t, _, hidden = draw_masks(torch.tensor([n]), free, torch_chance(self.seed, epoch, int(i)))
-            hidden[:, :prompt] = False
-            hidden[0, prompt] |= ~hidden.any()
-            if prompt and chance(self.seed, epoch, int(i), 2).random() < self.dropout:
-                exists[row, :prompt] = False
-            times.append(t)
-            prompts.append(prompt)
-            masks.append(hidden[0])
-        return {
+        return masks_after(self, items, given, lengths, epoch, True) | {
             "task": self.task, "tokens": both[..., 0].long(), "features": both[..., 1:].view(torch.float16),
-            "lengths": lengths, "t": torch.cat(times), "prompt": torch.tensor(prompts), "hidden": padded(masks)[0],
-            "exists": exists,
+            "lengths": lengths,
         }  # fmt: skip
 
 

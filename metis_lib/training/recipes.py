@@ -22,19 +22,9 @@ import torch
 
 from metis_lib.assets import sha256_file
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
-from metis_lib.config import (
-    FRAME_RATE,
-    AcousticCodecConfig,
-    DecodeSettings,
-    LipConfig,
-    SemanticCodecConfig,
-    SSLConfig,
-    Stage1Config,
-    Stage2Config,
-    SystemConfig,
-)
+from metis_lib.config import FRAME_RATE, DecodeSettings, Stage1Config, Stage2Config, SystemConfig
 from metis_lib.data.examples import Pool, Simulation, Sources
-from metis_lib.data.shards import LIMITS, Packed, Shards, tokenise
+from metis_lib.data.shards import LIMITS, Shards, tokenise
 from metis_lib.data.simulate import Extraction, Prompt, Rooms
 from metis_lib.data.store import UNKNOWN, FlatStore, read_manifest, write_text
 from metis_lib.errors import MetisError
@@ -43,18 +33,15 @@ from metis_lib.models.discriminators import NANO, DiscriminatorConfig
 from metis_lib.models.masked import MaskingSettings
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
-from metis_lib.stores import phone_head, phone_table, sizes
+from metis_lib.stores import PARTS, phone_head, phone_table, sizes
 from metis_lib.tasks import TASKS, like, own, task
-from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder
-from metis_lib.tokenizers.semantic import SemanticCodec
-from metis_lib.tokenizers.ssl import SSLEncoder
 from metis_lib.tokenizers.text import VOICES, PhoneTokenizer
 from metis_lib.training import data
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
 from metis_lib.training.durations import time_phones
-from metis_lib.training.loop import Objective, TrainSettings, card, fit, make_fabric
+from metis_lib.training.loop import Objective, TrainSettings, fit, make_fabric
 from metis_lib.training.prepared import Mixed, Prepared, Voices, prepare
 from metis_lib.training.teacher import ASSET, WIDTH, Taught, teach
 
@@ -101,8 +88,7 @@ class Job:
         out: the system's folder.
         settings: of the loop.
         manifest: of the recordings (24 kHz or any rate), with splits; the corpus's noise and rooms lie beside it.
-        shards: folder of token shards, with a sub-folder (or a packed file) for each split; made from the manifest
-            where not given.
+        shards: folder of token shards, with a sub-folder for each split; made from the manifest where not given.
         mode, rank: of a task: ``full``, ``lora`` or ``adapter``; the rank of its LoRA.
         options: of a model, by name (see the builders).
         workers: processes that prepare batches.
@@ -151,20 +137,18 @@ class Job:
     @cached_property
     def frozen(self) -> tok.Frozen:
         """SSL encoder, and semantic codec where there is one, of the system's folder."""
-        encoder = load_module(self.out / "ssl", SSLConfig, SSLEncoder)
+        encoder = load_part(self.out, "ssl")
         encoder.set_stats(**load_state(self.out / "ssl", "stats"))
-        codec = self.out / "semantic_codec"
-        made = (codec / "config.json").is_file() and self.model != "semantic"
-        return tok.Frozen(encoder, load_module(codec, SemanticCodecConfig, SemanticCodec) if made else None)
+        made = (self.out / "semantic_codec" / "config.json").is_file() and self.model != "semantic"
+        return tok.Frozen(encoder, load_part(self.out, "semantic") if made else None)
 
     @property
     def voice(self) -> Callable[[Any], Any] | None:
         """SSL tokens ``[1, T]`` to samples ``[S]`` by stage 2 and codec, where the folder has them."""
-        nets = [self.out / part for part in ("stage2_layer1", "stage2_full", "acoustic_codec")]
-        if not all((part / "config.json").is_file() for part in nets):
+        nets = ("stage2_layer1", "stage2_full", "acoustic")
+        if not all((self.out / PARTS[part][2] / "config.json").is_file() for part in nets):
             return None
-        first, rest = (load_module(part, Stage2Config, Stage2) for part in nets[:2])
-        codec = load_module(nets[2], AcousticCodecConfig, AcousticCodec)
+        first, rest, codec = (load_part(self.out, part) for part in nets)
 
         def speak(tokens: torch.Tensor) -> torch.Tensor:
             generator, tokens = torch.Generator().manual_seed(0), tokens.cpu()
@@ -208,17 +192,14 @@ class Job:
     def tokens(self, split: str) -> Any:
         """Token shards of a split, made by the system's tokenizers on first use; acoustic codes only for stage 2."""
         if self.shards is not None:
-            packed = self.shards / f"{split}.safetensors"
-            return Packed(packed) if packed.is_file() else Shards(self.shards / split)
+            return Shards(self.shards / split)
         parts = [system_hash(self.out / part)[:8] for part in ("ssl", "semantic_codec", "acoustic_codec")]
         mark = data.languages_mark()
         both = data.prepared(self.recordings) / f"tokens-{'-'.join(parts)}{mark}" / split
         acoustic = self.model.startswith("stage2") or (both / "index.json").is_file()
         folder = both if acoustic else both.parent.with_name(f"tokens-{'-'.join(parts[:2])}{mark}") / split
         if not (folder / "index.json").is_file():  # whole, wherever it was made
-            tokenise(
-                self.recordings, folder, system=self.out, split=split, workers=2, rank=0, world=1, acoustic=acoustic
-            )  # fmt: skip
+            tokenise(self.recordings, folder, system=self.out, split=split, rank=0, world=1, acoustic=acoustic)
         shards, rows = Shards(folder), [row for row in read_manifest(self.recordings) if row.split == split]
         longest = LIMITS["max_seconds"]
         if (left := len(rows) - len(shards)) > 0:
@@ -227,10 +208,11 @@ class Job:
         return shards
 
 
-def load_module(folder: Path, config: type, cls: type) -> Any:
-    """A part of a system, filled."""
-    module = cls(load_config_and_card(folder, config)[0])
-    fill(module, load_state(folder), folder)
+def load_part(system: Path, name: str) -> Any:
+    """A part of a system by its name in :data:`~metis_lib.stores.PARTS`, filled."""
+    config, cls, at = PARTS[name]
+    module = cls(load_config_and_card(system / at, config)[0])
+    fill(module, load_state(system / at), system / at)
     return module.eval()
 
 
@@ -253,11 +235,10 @@ def _ssl(job: Job) -> Built:
     for split in taught if o["teacher"] == ASSET else ():
         folder = data.prepared(job.recordings) / f"{ASSET}-{split}"
         taught[split] = teach(job.waves(split), folder, taught["train"])
-    sources = {split: job.sources(split) for split in ("train",)} if o["noisy"] else {}
+    sources = job.sources("train") if o["noisy"] else None
     source = data.Speech(
-        job.waves("train"), sources.get("train"), o["noisy"], o["longest"], job.settings.seed, o["hidden"],
-        taught["train"],
-    )  # fmt: skip
+        job.waves("train"), sources, o["noisy"], o["longest"], job.settings.seed, o["hidden"], taught["train"]
+    )
     held_out = data.Speech(job.waves("validation"), longest=600, share=o["hidden"], taught=taught["validation"])
     objective = tok.SSLTraining(
         job.system.ssl, phones=PhoneTokenizer().size, ctc=o["ctc"], taught=WIDTH if taught["train"] else 0,
@@ -359,7 +340,7 @@ def _task(job: Job) -> Built:
     gen.choose_trained(model, base, job.mode)
     texts = job.model == "tts" and (job.shards is not None or not o["audio"])
     frozen = None if texts else job.frozen
-    lips = load_module(job.out / "lips", LipConfig, LipEncoder) if entry.takes_video else None
+    lips = load_part(job.out, "lips") if entry.takes_video else None
     for name in o["begin"].split("+") if o["begin"] else ():
         if name not in TASKS or not (job.out / FOLDERS[name] / "config.json").is_file():
             raise MetisError(f"{job.model} cannot begin with {name!r}: {job.out} has no such trained task")
@@ -452,33 +433,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ssl": {"ctc": 1.0, "noisy": 0.3, "longest": 300, "hidden": 0.35, "teacher": "none"},
     "semantic": {"longest": 300, "phones": 0.0, "sound": 0.0, "follow": 0.0},
     "acoustic": {
-        "seconds": 0.6,
-        "convergence": 5.0,
-        "adversarial_from": None,
-        "discriminators": "nano",
-        "decoder_only": False,
-        "fit_every": None,
-        "follow": 0.0,
-        "dropout": None,
+        "seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano", "decoder_only": False,
+        "fit_every": None, "follow": 0.0, "dropout": None,
     },
     "stage1": {"floor": 0.0, "longest": 600},
-    "stage2_layer1": {"longest": 600, "joined": 0.0},
-    "stage2_full": {"longest": 600, "joined": 0.0},
+    **dict.fromkeys(("stage2_layer1", "stage2_full"), {"longest": 600, "joined": 0.0}),
     "lips": {},
-    **{
-        name: {
-            "longest": 600,
-            "text_hint": "none",
-            "hint_width": 0,
-            "audio": False,
-            "passes": 0,
-            "dropout": 0.01,
-            "joined": 0.0,
-            "begin": "",
-        }  # fmt: skip
-        for name in TASKS
-    },
-}
+    **dict.fromkeys(TASKS, {
+        "longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0, "dropout": 0.01,
+        "joined": 0.0, "begin": "",
+    }),
+}  # fmt: skip
 """What each model's builder can be told, with what holds otherwise."""
 
 
@@ -514,9 +479,7 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
         shapes = {k: v.shape for k, v in objective.model.state_dict().items()}
         wrong = [k for k, v in have.items() if shapes.get(k) != v.shape]
         if wrong or document["card"].get("mode", job.mode) != job.mode:
-            raise MetisError(
-                f"{job.folder} was trained in another mode, size or rank; move it away or take another --out"
-            )
+            raise MetisError(f"{job.folder} was trained in another mode, size or rank; take another --out")
         objective.model.load_state_dict(have, strict=False)
     else:
         nets = [m for name, m in objective.named_children() if name in ("encoder", "codec", "model")]
@@ -576,7 +539,10 @@ def train(
         done = saved()
         earlier = before.get("earlier", []) + ([before["scores"]] if before.get("scores", {}).get("finished") else [])
         facts = {**job.about, "mode": job.mode, "options": job.options, **({"earlier": earlier} if earlier else {})}
-        save_part(job.folder, done["state"], done["config"], card(scores, job.settings, **facts))
+        save_part(
+            job.folder, done["state"], done["config"],
+            {"scores": scores, "settings": dataclasses.asdict(job.settings), **facts},
+        )  # fmt: skip
     fabric.barrier()
     if scores["finished"] and fabric.is_global_zero:  # the next run begins from the weights
         (run / "finished").touch()

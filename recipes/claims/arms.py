@@ -23,7 +23,7 @@ from torch import Tensor
 
 from metis_lib.assets import metis_home
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, save_part, system_hash
-from metis_lib.config import FRAME_RATE, LipConfig, Stage2Config, SystemConfig
+from metis_lib.config import FRAME_RATE, Stage2Config, SystemConfig
 from metis_lib.data.store import FlatStore
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record
@@ -32,7 +32,6 @@ from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
 from metis_lib.stores import sizes
 from metis_lib.tasks import TASKS
-from metis_lib.tokenizers.lips import LipEncoder
 from metis_lib.tokenizers.semantic import SemanticCodec
 from metis_lib.tokenizers.text import PhoneTokenizer
 from metis_lib.training import data, recipes
@@ -120,7 +119,7 @@ class Lab:
         if scale not in SCALES:
             raise MetisError(f"unknown scale {scale!r}; choose one of {', '.join(SCALES)}")
         folder = metis_home() / "runs" / ("claims" if scale == "ablate" else f"claims-{scale}")
-        places = {"system": metis_home() / "runs" / "nano", "manifest": data.corpus() / "manifest.jsonl"}
+        places = {"system": metis_home() / "runs" / "nano", "manifest": metis_home() / "corpora/nano/manifest.jsonl"}
         given = {key: value for key, value in changes.items() if value is not None}
         given = {"longer": 0, **given} if "tokens" in given else given  # asked for a length: that of all arms
         lab = cls(**{**places, "home": folder, **SCALES[scale], **given})
@@ -279,7 +278,7 @@ def whole(lab: Lab, task: str, split: str) -> tuple[Any, tuple[Any, ...]]:
     if task == "stage1":
         source: Any = data.Tokens(job.tokens(split))
     else:
-        lips = recipes.load_module(lab.system / "lips", LipConfig, LipEncoder) if task == "l2s" else None
+        lips = recipes.load_part(lab.system, "lips") if task == "l2s" else None
         source = recipes.task_source(job, split, seed, None if task == "tts" else job.frozen, lips)
     if isinstance(source, data.Tokens):
         return source, tuple(source.shards.record(i)["id"] for i in range(len(source.lengths)))
@@ -500,7 +499,7 @@ def held_out(model: Stage1, source: Any, precision: str = "32-true") -> dict[str
     objective: Objective = gen.Stage1Training(model).eval()
     device = next(objective.parameters()).device
     half = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16-mixed")
-    for some in data.pack(items[np.argsort(source.lengths[items], kind="stable")], source.lengths, 4000):
+    for some in data.batches_of(items[np.argsort(source.lengths[items], kind="stable")], source.lengths, 4000):
         for epoch in range(DRAWS):
             made = source.batch(some, epoch=epoch, step=0)
             batch = gen.encode({k: v.to(device) if isinstance(v, Tensor) else v for k, v in made.items()}, None)

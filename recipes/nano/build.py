@@ -22,10 +22,9 @@ from metis_lib.checkpoints import SHIPPED
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report, runner
 from metis_lib.evaluation.systems import OMNI, TOLD
-from metis_lib.training import queue
 from metis_lib.training.loop import seconds_of
 from metis_lib.training.recipes import BUILD, FOLDERS
-from recipes.nano import bars, corpus, testsets
+from recipes.nano import bars, corpus, queue, testsets
 
 QUEUE = Path(__file__).with_name("queue.json")
 LIMIT = 40e6

@@ -25,7 +25,7 @@ import torch
 from metis_lib import audio
 from metis_lib.audio import frame_db, level, trim
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.store import UNKNOWN, row, write_jsonl
+from metis_lib.data.store import UNKNOWN, write_jsonl
 from recipes.nano import packages
 
 SUITE = "bookworm"
@@ -38,6 +38,18 @@ UQM_DROPPED = ("umgah", "yehat", "spathi", "kohrah")
 UQM_TEST = ("urquan", "syreen", "slylandro", "utwig")
 UQM_VALIDATION = ("commander", "mycon")
 MIN_SECONDS, MAX_SECONDS = 1.0, 12.0
+
+
+def row(
+    id: str, path: Path, root: Path, text: str, speaker: str, samples: int, split: str, source: str,
+    licence: str, human: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """A manifest row of a 24 kHz English recording."""
+    return {
+        "id": id, "path": path.relative_to(root).as_posix(), "text": text, "language": "en",
+        "speaker": speaker, "duration": round(samples / AUDIO_RATE, 3), "split": split, "source": source,
+        "licence": licence, "human": human,
+    }  # fmt: skip
 
 
 def to_24k(wav: np.ndarray, rate: int) -> np.ndarray:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
+from metis_lib.assets import metis_home
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.examples import SIMULATORS, Example, Pool, Simulated, Sources
 from metis_lib.data.simulate import Noises, Rooms, power
-from metis_lib.training.data import corpus, waves_of
+from metis_lib.training.data import waves_of
 
 RESULTS = Path(__file__).parents[2] / "results" / "data" / "simulation.json"
 WORKERS = 2
@@ -70,8 +71,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     chosen = parser.parse_args()
-    store = waves_of(corpus() / "manifest.jsonl", "train")
-    sources = Sources(noises=Noises.load(corpus()), rooms=Rooms.load(corpus()))
+    corpus = metis_home() / "corpora/nano"
+    store = waves_of(corpus / "manifest.jsonl", "train")
+    sources = Sources(noises=Noises.load(corpus), rooms=Rooms.load(corpus))
     report: dict[str, Any] = {"command": "python -m recipes.nano.simulation", "seed": chosen.seed, "tasks": {}}
     for task in SIMULATORS:
         data = Simulated(task, Pool(store), sources, seed=chosen.seed)

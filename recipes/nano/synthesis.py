@@ -25,10 +25,10 @@ import torch
 from metis_lib import assets, audio
 from metis_lib.audio import level, trim
 from metis_lib.config import AUDIO_RATE
-from metis_lib.data.store import Row, read_jsonl, read_manifest, row, write_jsonl
+from metis_lib.data.store import Row, read_jsonl, read_manifest, write_jsonl
 from metis_lib.errors import MetisError
 from recipes.nano import packages
-from recipes.nano.human import SUITE, to_24k, worker_pool
+from recipes.nano.human import SUITE, row, to_24k, worker_pool
 
 SILERO_SHA256 = "02b71034d9f13bc4001195017bac9db1c6bb6115e03fea52983e8abcff13b665"
 SILERO_VOICES = 118

@@ -26,17 +26,16 @@ import numpy as np
 import torch
 
 from metis_lib.checkpoints import system_hash
-from metis_lib.config import AcousticCodecConfig, preset
+from metis_lib.config import preset
 from metis_lib.data.examples import Pool, Sources
-from metis_lib.data.shards import Packed, pack
 from metis_lib.data.simulate import HOP, Noises, Recording, Rooms
 from metis_lib.data.store import FlatStore, read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
-from metis_lib.tokenizers.acoustic import AcousticCodec
-from metis_lib.training import queue
 from metis_lib.training.data import prepared
 from metis_lib.training.loop import seconds_of
-from metis_lib.training.recipes import FOLDERS, Job, load_module, options_for, settings_for, task_source, train
+from metis_lib.training.recipes import FOLDERS, Job, load_part, options_for, settings_for, task_source, train
+from recipes.nano import queue
+from recipes.nano.packed import Packed, pack
 
 QUEUE = Path(__file__).with_name("queue.json")
 FROM_TOKENS = ("stage1", "stage2_layer1", "stage2_full", "tts")
@@ -99,6 +98,9 @@ class There(Job):
 
     voice = None
 
+    def tokens(self, split: str) -> Packed:
+        return Packed((self.shards or Path()) / f"{split}.safetensors")
+
     def sources(self, split: str, pool: Pool | None = None) -> Sources:
         import soundfile
 
@@ -124,7 +126,7 @@ def listen(folder: Path, device: str = "", frames: int = 60_000) -> float:
                 "human": False,
             })  # fmt: skip
     write_jsonl(manifest, rows)
-    codec = load_module(folder / "system/acoustic_codec", AcousticCodecConfig, AcousticCodec).to(device)
+    codec = load_part(folder / "system", "acoustic").to(device)
     for split, shards in packed.items():
         lengths, at, waves = shards.lengths(), 0, dict[int, np.ndarray]()
         order = np.argsort(lengths, kind="stable")[::-1]

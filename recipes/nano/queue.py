@@ -20,7 +20,7 @@ import filelock
 
 from metis_lib.assets import metis_home
 from metis_lib.checkpoints import SHIPPED
-from metis_lib.config import preset
+from metis_lib.config import preset, to_dict
 from metis_lib.data.store import write_text
 from metis_lib.errors import MetisError
 from metis_lib.training.recipes import BUILD, FOLDERS, Job, options_for, settings_for, train
@@ -77,15 +77,9 @@ def bring_shipped(queue: dict[str, Any]) -> None:
             continue
         wanted = getattr(sizes, model, None)  # a task fits where its stage 1 does
         own = source / "stage1" if wanted is None else source / name
-        if (own / "config.json").is_file() and same_sizes(
-            wanted or sizes.stage1, json.loads((own / "config.json").read_text())["config"]
-        ):
-            shutil.copytree(source / name, target / name)
-
-
-def same_sizes(wanted: Any, config: dict[str, Any]) -> bool:
-    """Whether a stored configuration is the wanted one."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(wanted).items()} == config
+        config = own / "config.json"
+        if config.is_file() and json.loads(config.read_text())["config"] == to_dict(wanted or sizes.stage1):
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)  # one may have been cut off
 
 
 def run_next(
@@ -134,10 +128,18 @@ def run_next(
     finally:
         pid.unlink(missing_ok=True)
         lock.release()
-    entry |= outcome(found)
     queue = read(path)  # somebody may have edited the other entries meanwhile
-    places = [i for i, e in enumerate(queue["pieces"]) if all(e.get(k) == entry.get(k) for k in ("model", "settings"))]
-    number = number if number in places or not places else places[0]
+    asked = {
+        key: value for key, value in entry.items() if key not in ("state", "steps", "cpu_hours", "frames", "score")
+    }
+    places = [
+        i for i, e in enumerate(queue["pieces"])
+        if e.get("state") == "part" and asked == {key: value for key, value in e.items() if key in asked}
+    ]  # fmt: skip
+    entry |= outcome(found)
+    if not places:
+        raise MetisError(f"{path}: the piece that was trained is gone from it; its result: {json.dumps(entry)}")
+    number = number if number in places else places[0]
     queue["pieces"][number] = entry
     write(path, queue)
     return {**entry, "number": number, "finished": found["finished"]}

@@ -73,7 +73,7 @@ def studies(lab: Lab) -> dict[str, Study]:
         "schedule-se": Study("se", {name: {"schedule": name, "steps": 10} for name in RIVALS}, ("wer", "pesq_wb")),
         "ssl-layers": Study("", {}, ("phone_error", "speaker_accuracy")),
         "two-stages": Study("se", {"two stages": {}, "direct": {}}, ("wer", "pesq_wb"),
-                            (Arm("se", hours=many, longer=longer), Arm("direct", hours=many, longer=longer))),
+                            (Arm("se", hours=many), Arm("direct", hours=many))),
         "omni-arms": Study("tse", {"tse": {}, "omni": {}}, ("wer", "sim_prompt"), pair),
     }  # fmt: skip
 

@@ -41,14 +41,9 @@ class TaskConfig:
 
 
 def save_part(
-    folder: str | Path,
-    state: dict[str, Tensor] | nn.Module,
-    config: Any,
-    card: dict[str, Any] | None = None,
-    *,
-    dtype: torch.dtype = torch.bfloat16,
-    name: str = "model",
-) -> Path:
+    folder: str | Path, state: dict[str, Tensor] | nn.Module, config: Any, card: dict[str, Any] | None = None, *,
+    dtype: torch.dtype = torch.bfloat16, name: str = "model",
+) -> Path:  # fmt: skip
     """Write one part; each file is written beside and renamed, the weights last.
 
     Args:
@@ -149,4 +144,4 @@ def locate(name: str | Path) -> Path:
     for folder in (SHIPPED / str(name), Path(name).expanduser()):
         if (folder / "acoustic_codec" / "config.json").is_file():
             return folder
-    raise MetisError(f"unknown model {str(name)!r}; use 'nano', 'debug' or the folder of a system")
+    raise MetisError(f"unknown model {str(name)!r}; use 'nano' or the folder of a system")

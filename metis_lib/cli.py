@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, dataclass_transform
 
 import tyro
 
@@ -47,6 +47,7 @@ class Answer(NamedTuple):
     code: int = 0
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Command:
     """Options of every command."""
@@ -54,12 +55,14 @@ class Command:
     json: bool = False
     """Print one JSON document on stdout."""
 
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
+
     def run(self) -> Answer:
         """Do the work."""
         raise NotImplementedError
 
 
-@dataclass(frozen=True, kw_only=True)
 class Generate(Command):
     """What commands that make audio share."""
 
@@ -197,7 +200,6 @@ class Generate(Command):
         return Answer("\n".join(lines), {"output": str(self.output), **found}, 1 if found["failed"] else 0)
 
 
-@dataclass(frozen=True, kw_only=True)
 class SE(Generate):
     """Enhance noisy recordings."""
 
@@ -206,7 +208,6 @@ class SE(Generate):
     """A recording, a folder of them, or a manifest (.jsonl, .csv, .tsv)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class VC(Generate):
     """Say what a recording says in the voice of a prompt."""
 
@@ -217,7 +218,6 @@ class VC(Generate):
     """A recording of the voice, a few seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TSE(VC):
     """Extract the voice of a prompt from a mixture; text-guided if told what it says (Omni)."""
 
@@ -230,7 +230,6 @@ class TSE(VC):
     """Of both texts."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TTS(Generate):
     """Say texts in the voice of a prompt."""
 
@@ -262,7 +261,6 @@ class TTS(Generate):
         return super().run()
 
 
-@dataclass(frozen=True, kw_only=True)
 class L2S(Generate):
     """Say what silent lips say in the voice of a prompt."""
 
@@ -273,12 +271,10 @@ class L2S(Generate):
     """A recording of the voice, a few seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Judges(Command):
     """Fetch the judges of the evaluation; what is there already is checked and kept."""
 
-    names: Annotated[tuple[str, ...], tyro.conf.Positional] = JUDGES
-    """Which assets; all judges if none is named."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional] = JUDGES  # Which assets; all judges if none is named.
 
     def run(self) -> Answer:
         from metis_lib import assets
@@ -287,16 +283,12 @@ class Judges(Command):
         return Answer("\n".join(f"{name}: {folder}" for name, folder in folders.items()), folders)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Nano(Command):
     """Build the corpus of nano from packages, or go on where it was stopped; 60 to 90 minutes on two cores."""
 
-    report: bool = False
-    """Only say what the corpus holds (--json for programs)."""
-    hours: float = 20.0
-    """Synthetic speech to make, in hours."""
-    workers: int = 2
-    """Processes."""
+    report: bool = False  # Only say what the corpus holds (--json for programs).
+    hours: float = 20.0  # Synthetic speech to make, in hours.
+    workers: int = 2  # Processes.
 
     def run(self) -> Answer:
         from metis_lib import assets
@@ -316,7 +308,6 @@ class Nano(Command):
         return Answer("\n".join(lines), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Testset(Command):
     """Make a test set of your held-out recordings, of nano's corpus, or of a local copy of a public one."""
 
@@ -324,21 +315,16 @@ class Testset(Command):
     """The manifest of your own recordings; or unseen (voices and sentences never trained on), seen (voices of the
     training, for TTS), tuning; or a public one: seedtts-en, seedtts-zh, seedtts-vc-en, seedtts-vc-zh, librispeech,
     vctk, vctk-same, libri2mix, emiliamix, dns2020-no-reverb, dns2020-with-reverb, dns2020-real, lrs2, lrs3."""
-    root: Path | None = None
-    """Where the local copy of a public one lies."""
+    root: Path | None = None  # Where the local copy of a public one lies.
     out: Path | None = None
     """Folder for its manifest.jsonl; by default where `metis evaluate --testset NAME` finds it, of your own recordings
     `testset` beside their manifest."""
     prompts: Path | None = None
     """The second corpus of those that need one: LibriSpeech test-clean (libri2mix), Seed-TTS (lrs2, lrs3)."""
-    split: str = "test"
-    """Of your own recordings: which."""
-    each: int = 5
-    """Of your own recordings: how many a voice."""
-    seed: int = 2025
-    """Of what is drawn."""
-    allow_count: bool = False
-    """Take a copy that has not as many items as the official list."""
+    split: str = "test"  # Of your own recordings: which.
+    each: int = 5  # Of your own recordings: how many a voice.
+    seed: int = 2025  # Of what is drawn.
+    allow_count: bool = False  # Take a copy that has not as many items as the official list.
 
     def run(self) -> Answer:
         options = {key: getattr(self, key) for key in ("out", "prompts", "seed", "allow_count")}
@@ -364,30 +350,20 @@ class Testset(Command):
         return Answer(f"{self.name}: {found['items']} items in {found['testset']}", found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Manifest(Command):
     """Make the manifest of your own recordings; the bad ones are listed with a reason and left out."""
 
-    source: Place
-    """A folder of recordings, a CSV, TSV or JSONL list, or Lhotse manifests."""
-    out: Path
-    """Folder for manifest.jsonl, refused.jsonl and facts.jsonl."""
-    language: str = "en"
-    """Of recordings that state none."""
-    speaker: str | None = None
-    """Of all recordings; by default as the list says, or the name of a recording's folder."""
-    licence: str = "unknown"
-    """Of recordings that state none."""
-    splits: tuple[float, float, float] = (0.9, 0.05, 0.05)
-    """Shares of training, validation and test."""
+    source: Place  # A folder of recordings, a CSV, TSV or JSONL list, or Lhotse manifests.
+    out: Path  # Folder for manifest.jsonl, refused.jsonl and facts.jsonl.
+    language: str = "en"  # Of recordings that state none.
+    speaker: str | None = None  # Of all recordings; by default as the list says, or the name of a recording's folder.
+    licence: str = "unknown"  # Of recordings that state none.
+    splits: tuple[float, float, float] = (0.9, 0.05, 0.05)  # Shares of training, validation and test.
     hold_out: Literal["auto", "speaker", "sentence"] = "auto"
     """What is held out; auto: whole speakers where there are enough of them."""
-    keep: tuple[Literal["8-bit", "wrong text", "same sound"], ...] = ()
-    """Reasons that shall only warn."""
-    seed: int = 0
-    """Which are held out."""
-    workers: int = 2
-    """Threads."""
+    keep: tuple[Literal["8-bit", "wrong text", "same sound"], ...] = ()  # Reasons that shall only warn.
+    seed: int = 0  # Which are held out.
+    workers: int = 2  # Threads.
 
     def run(self) -> Answer:
         from metis_lib.data.importers import build_manifest
@@ -396,16 +372,13 @@ class Manifest(Command):
         return _imported(build_manifest(self.source, self.out, say=_say, **options))
 
 
-@dataclass(frozen=True, kw_only=True)
 class PublicCorpus(Command):
     """Prepare a local copy of a public corpus that Lhotse has no recipe for, or any folder of noise or rooms."""
 
     name: Annotated[Literal["dns2020", "demand", "noise", "rirs", "lrs2", "lrs3", "lrw"], tyro.conf.Positional]
     """Which one; noise and rirs are folders of recordings."""
-    root: Path
-    """Where it lies."""
-    out: Path
-    """Folder of the corpus."""
+    root: Path  # Where it lies.
+    out: Path  # Folder of the corpus.
 
     def run(self) -> Answer:
         public = _recipe("public")
@@ -420,14 +393,11 @@ class PublicCorpus(Command):
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in done.items()), done)
 
 
-@dataclass(frozen=True, kw_only=True)
 class CorpusReport(Command):
     """Measure a corpus: hours, voices, licences, levels, bandwidths, faults, as a page to read."""
 
-    manifest: Place
-    """Its manifest.jsonl."""
-    out: Path | None = None
-    """The page (.html); its numbers go beside it."""
+    manifest: Place  # Its manifest.jsonl.
+    out: Path | None = None  # The page (.html); its numbers go beside it.
 
     def run(self) -> Answer:
         from metis_lib.data.report import corpus_report
@@ -436,26 +406,17 @@ class CorpusReport(Command):
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Tokens(Command):
     """Tokenise a corpus once, to WebDataset shards; goes on where it was stopped; torchrun shares the work."""
 
-    manifest: Place
-    """Its manifest.jsonl."""
-    out: Path
-    """Folder of the shards."""
-    system: str = "nano"
-    """nano, debug (random weights) or the folder of a system."""
-    split: str | None = None
-    """Only this split."""
-    features: bool = False
-    """Write the SSL features too."""
-    acoustic: bool = True
-    """Write the acoustic codes."""
-    shard_items: int = 256
-    """Utterances a shard."""
-    device: str = "auto"
-    """auto, cpu, cuda or mps."""
+    manifest: Place  # Its manifest.jsonl.
+    out: Path  # Folder of the shards.
+    system: str = "nano"  # nano, debug (random weights) or the folder of a system.
+    split: str | None = None  # Only this split.
+    features: bool = False  # Write the SSL features too.
+    acoustic: bool = True  # Write the acoustic codes.
+    shard_items: int = 256  # Utterances a shard.
+    device: str = "auto"  # auto, cpu, cuda or mps.
 
     def run(self) -> Answer:
         from metis_lib.data.shards import tokenise
@@ -465,7 +426,6 @@ class Tokens(Command):
         return Answer("\n".join(f"{key}: {value}" for key, value in done.items()), done)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Evaluate(Command):
     """Run the evaluation notebooks: scores of every utterance, a summary, a page to read and listen to.
 
@@ -479,27 +439,19 @@ class Evaluate(Command):
     testsets: Annotated[tuple[str, ...], tyro.conf.arg(aliases=("--testset",))] = ("human",)
     """Folders with manifest.jsonl, or names under eval/testsets or $METIS_HOME/testsets; of several, each gets a folder
     of its own in out."""
-    out: Path = Path("results/evaluation")
-    """Folder of the run."""
-    seeds: tuple[int, ...] = (0,)
-    """The model generates once for each."""
-    limit: int | None = None
-    """Only the first items of each task."""
+    out: Path = Path("results/evaluation")  # Folder of the run.
+    seeds: tuple[int, ...] = (0,)  # The model generates once for each.
+    limit: int | None = None  # Only the first items of each task.
     model: str = "nano"
     """nano, debug, the folder of a system, or amphion/metis; @lora, @full, @released (the wiring of the released code)
     or @REVISION behind the name of published weights."""
-    device: str = "auto"
-    """auto (all GPUs, each the next notebook), cpu, cuda, or several: cuda:0,cuda:1."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the transformers' weights."""
-    option: tuple[str, ...] = ()
-    """Decoding options, such as steps=10 or cfg=2.0."""
+    device: str = "auto"  # auto (all GPUs, each the next notebook), cpu, cuda, or several: cuda:0,cuda:1.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of the transformers' weights.
+    option: tuple[str, ...] = ()  # Decoding options, such as steps=10 or cfg=2.0.
     judges: Literal["offline", "paper"] = "offline"
     """Judges that packages carry, or the paper's own (weights from the hub or a folder)."""
-    allow_missing: bool = False
-    """Accept utterances for which a system gave no audio."""
-    fresh: bool = False
-    """Run again what is done."""
+    allow_missing: bool = False  # Accept utterances for which a system gave no audio.
+    fresh: bool = False  # Run again what is done.
 
     def run(self) -> Answer:
         from metis_lib.evaluation import runner
@@ -510,6 +462,8 @@ class Evaluate(Command):
         given = {key: getattr(self, key) for key in ("seeds", "limit", "device", "dtype", "judges", "fresh")}
         given |= {"allow_missing": self.allow_missing, "checkpoint": self.model, "options": options}
         names = [Path(testset).name for testset in self.testsets]
+        if not names:
+            raise MetisError("name at least one test set")
         if len(set(names)) < len(names):
             raise MetisError(f"two test sets of one name ({', '.join(names)}); evaluate each with an --out of its own")
         texts, documents, pages, failed = [], {}, [], None
@@ -558,12 +512,10 @@ class Evaluate(Command):
         return chosen
 
 
-@dataclass(frozen=True, kw_only=True)
 class Demo(Command):
     """Fetch the judges, evaluate everything on the human test set, print the tables."""
 
-    out: Path = Path("results/demo")
-    """Folder of the run."""
+    out: Path = Path("results/demo")  # Folder of the run.
 
     def run(self) -> Answer:
         began = time.perf_counter()
@@ -573,16 +525,12 @@ class Demo(Command):
         return Answer(f"{text}\n({took:.0f} s)", document | {"wall_s": round(took, 1)})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Report(Command):
     """Render the page of a run again from its files; with --readme, fill the table of README.md instead."""
 
-    out: Place = Path("results/demo")
-    """Folder of the run."""
-    readme: bool = False
-    """Fill the results of README.md."""
-    testset: str = "human"
-    """The test set of the run."""
+    out: Place = Path("results/demo")  # Folder of the run.
+    readme: bool = False  # Fill the results of README.md.
+    testset: str = "human"  # The test set of the run.
 
     def run(self) -> Answer:
         from metis_lib.evaluation import record, report
@@ -599,44 +547,27 @@ class Report(Command):
         return Answer(str(page), {"index": str(page)})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Training(Command):
     """Options of every training; what is not given is the preset's (metis_lib/training/settings.json)."""
 
-    steps: int | None = None
-    """Optimiser steps: the horizon of the schedule."""
-    lr: float | None = None
-    """Highest learning rate."""
-    warmup: int | None = None
-    """Steps of linear warm-up."""
-    frames: int | None = None
-    """Padded frames (50 a second) of a batch on one process; lower it when memory runs out."""
-    accumulate: int | None = None
-    """Batches a step."""
-    ema: float | None = None
-    """Decay of averaged weights; 0 for none."""
-    precision: Literal["bf16-mixed", "32-true"] | None = None
-    """Of the arithmetic."""
-    checkpointing: bool = False
-    """Recompute activations: less memory, a third more work."""
-    compile: bool = False
-    """torch.compile the nets."""
+    steps: int | None = None  # Optimiser steps: the horizon of the schedule.
+    lr: float | None = None  # Highest learning rate.
+    warmup: int | None = None  # Steps of linear warm-up.
+    frames: int | None = None  # Padded frames (50 a second) of a batch on one process; lower it when memory runs out.
+    accumulate: int | None = None  # Batches a step.
+    ema: float | None = None  # Decay of averaged weights; 0 for none.
+    precision: Literal["bf16-mixed", "32-true"] | None = None  # Of the arithmetic.
+    checkpointing: bool = False  # Recompute activations: less memory, a third more work.
+    compile: bool = False  # torch.compile the nets.
     validate_every: int | None = None
     """Steps between validations; 0: at the end. With --keep best by default a twentieth of them, or ten."""
-    seed: int = 0
-    """Of everything random."""
-    workers: int = 0
-    """Processes that prepare batches."""
-    budget: str | None = None
-    """Stop, with a state to go on from, after this time: 90s, 100m, 2h."""
-    resume: bool = False
-    """Go on, bit for bit, with a run that was stopped: what happens anyway unless --fresh is said."""
-    fresh: bool = False
-    """Forget a run that was stopped or finished, and begin anew from the weights."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 or mps."""
-    strategy: str = "auto"
-    """Of Lightning Fabric, under torchrun: ddp, fsdp, ..."""
+    seed: int = 0  # Of everything random.
+    workers: int = 0  # Processes that prepare batches.
+    budget: str | None = None  # Stop, with a state to go on from, after this time: 90s, 100m, 2h.
+    resume: bool = False  # Go on, bit for bit, with a run that was stopped: what happens anyway unless --fresh is said.
+    fresh: bool = False  # Forget a run that was stopped or finished, and begin anew from the weights.
+    device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
+    strategy: str = "auto"  # Of Lightning Fabric, under torchrun: ddp, fsdp, ...
 
     def _settings(self, model: str, preset_name: str) -> Any:
         from metis_lib.training.recipes import settings_for
@@ -651,24 +582,17 @@ class Training(Command):
         return settings_for(model, preset_name, **given, **switches)
 
 
-@dataclass(frozen=True, kw_only=True)
 class TrainPart(Training):
     """Train one part of a system: a tokenizer, stage 1 (pre-training), a net of stage 2, or a task."""
 
-    model: Name
-    """Which one; an unknown name lists them."""
-    out: Path
-    """Folder of the system: earlier parts are read there."""
-    preset: Literal["debug", "nano", "paper"] = "nano"
-    """Sizes and settings."""
-    data: Path | None = None
-    """Manifest of recordings (metis prepare manifest)."""
+    model: Name  # Which one; an unknown name lists them.
+    out: Path  # Folder of the system: earlier parts are read there.
+    preset: Literal["debug", "nano", "paper"] = "nano"  # Sizes and settings.
+    data: Path | None = None  # Manifest of recordings (metis prepare manifest).
     shards: Path | None = None
     """Token shards, with folders train and validation (metis prepare tokens); else made from the recordings."""
-    mode: Literal["lora", "full", "adapter"] = "lora"
-    """What of a task trains."""
-    rank: int = 16
-    """Of LoRA."""
+    mode: Literal["lora", "full", "adapter"] = "lora"  # What of a task trains.
+    rank: int = 16  # Of LoRA.
     option: tuple[str, ...] = ()
     """Options of the model, such as longest=1500 or adversarial_from=20000 (docs/training.md)."""
 
@@ -687,27 +611,19 @@ class TrainPart(Training):
         return _trained(self.model, self.out, scores)
 
 
-@dataclass(frozen=True, kw_only=True)
 class FineTune(Training):
     """Adapt a system to a task with your own recordings; the result is a system of its own.
 
     Without --steps those of the preset, or fewer where they would read the recordings more than 30 times.
     """
 
-    task: str
-    """What it shall learn: tts, vc, tse, se, l2s, omni, or a task of your own (docs/new_task.md)."""
-    data: Path
-    """A manifest, or anything that metis prepare manifest reads."""
-    base: Annotated[str, tyro.conf.arg(name="from")] = "nano"
-    """nano, or the folder of a system."""
-    out: Path = Path("runs/finetuned")
-    """Folder of the new system."""
-    lora: int = 16
-    """Rank of LoRA."""
-    full: bool = False
-    """Train all weights of stage 1."""
-    adapter_only: bool = False
-    """Train only what the task adds: adapter, text embedding."""
+    task: str  # What it shall learn: tts, vc, tse, se, l2s, omni, or a task of your own (docs/new_task.md).
+    data: Path  # A manifest, or anything that metis prepare manifest reads.
+    base: Annotated[str, tyro.conf.arg(name="from")] = "nano"  # nano, or the folder of a system.
+    out: Path = Path("runs/finetuned")  # Folder of the new system.
+    lora: int = 16  # Rank of LoRA.
+    full: bool = False  # Train all weights of stage 1.
+    adapter_only: bool = False  # Train only what the task adds: adapter, text embedding.
     keep: Literal["best", "last"] = "best"
     """Which weights stay: those with the lowest cross-entropy of held-out recordings, or the last."""
 
@@ -729,22 +645,15 @@ class FineTune(Training):
         return _trained(self.task, self.out, scores)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Queue(Command):
     """Work on the queue of the nano recipe: run its next piece at low priority, list, pause or continue it."""
 
-    action: Annotated[Literal["run", "list", "pause", "continue"], tyro.conf.Positional] = "run"
-    """What to do."""
-    budget: str | None = None
-    """Stop, with a state to go on from, after this time, such as 100m."""
-    pieces: int = 1
-    """How many pieces to train, one after the other."""
-    only: str | None = None
-    """Only pieces of this model."""
-    path: Path | None = None
-    """Another queue file."""
-    device: str = "auto"
-    """auto, cpu, cuda."""
+    action: Annotated[Literal["run", "list", "pause", "continue"], tyro.conf.Positional] = "run"  # What to do.
+    budget: str | None = None  # Stop, with a state to go on from, after this time, such as 100m.
+    pieces: int = 1  # How many pieces to train, one after the other.
+    only: str | None = None  # Only pieces of this model.
+    path: Path | None = None  # Another queue file.
+    device: str = "auto"  # auto, cpu, cuda.
 
     def run(self) -> Answer:
         from metis_lib.evaluation.record import ROOT
@@ -778,19 +687,15 @@ class Queue(Command):
         return Answer(queue.table(found), {"next": queue.next_piece(found), "trained": done, "pieces": found["pieces"]})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recipe(Command):
     """Nano from packages to scores; goes on where it was stopped.
 
     It makes the corpus, trains the pieces of the queue that are not done, beginning with the shipped weights, writes
     the parts over these (metis_lib/weights/nano) and evaluates them."""
 
-    name: Annotated[Literal["nano"], tyro.conf.Positional] = "nano"
-    """Which recipe."""
-    budget: str | None = None
-    """Stop the trainings after this time, such as 100m."""
-    hours: float = 20.0
-    """Synthetic speech of the corpus."""
+    name: Annotated[Literal["nano"], tyro.conf.Positional] = "nano"  # Which recipe.
+    budget: str | None = None  # Stop the trainings after this time, such as 100m.
+    hours: float = 20.0  # Synthetic speech of the corpus.
     from_scratch: bool = False
     """All pieces anew, from random weights, in $METIS_HOME/runs/nano-scratch; the shipped weights stay as they are."""
 
@@ -800,22 +705,15 @@ class Recipe(Command):
         return Answer(text, done)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchTrain(Command):
     """Measure how fast stage 1 trains here, against the matrix products of the same run."""
 
-    preset: Literal["debug", "nano", "paper"] = "nano"
-    """Sizes; the weights are random."""
-    layers: int | None = None
-    """Only so many layers."""
-    tokens: int | None = None
-    """Padded frames a step."""
-    seconds: float = 20.0
-    """How long to measure."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    compile: bool = False
-    """torch.compile the net."""
+    preset: Literal["debug", "nano", "paper"] = "nano"  # Sizes; the weights are random.
+    layers: int | None = None  # Only so many layers.
+    tokens: int | None = None  # Padded frames a step.
+    seconds: float = 20.0  # How long to measure.
+    device: str = "auto"  # auto, cpu or cuda.
+    compile: bool = False  # torch.compile the net.
 
     def run(self) -> Answer:
         options = {key: value for key, value in vars(self).items() if key not in ("preset", "json")}
@@ -823,32 +721,20 @@ class BenchTrain(Command):
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchGenerate(Command):
     """Measure how fast speech is generated, against the released order of operations in the same run."""
 
-    preset: Literal["debug", "nano", "paper"] = "paper"
-    """Sizes; the weights are random."""
-    tasks: tuple[str, ...] = ("tts", "se")
-    """Among tts, vc, tse, se; also as one word, tts,se."""
-    seconds: float = 5.0
-    """Of speech to make."""
-    prompt: float = 5.0
-    """Seconds of the prompt."""
-    repeats: int = 3
-    """Runs of each variant, in turns; the median counts."""
-    full: bool = False
-    """Run all decoding steps, not a part of them that is counted up."""
-    batch: int = 8
-    """Utterances together, for the gain of batches."""
-    batches: tuple[int, ...] = ()
-    """Utterances together, each measured as one batch; on CUDA by default 1 to 64."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    compile: bool = False
-    """Measure compiled passes too."""
-    out: Path | None = None
-    """Folder for generate-PRESET.json and its plot."""
+    preset: Literal["debug", "nano", "paper"] = "paper"  # Sizes; the weights are random.
+    tasks: tuple[str, ...] = ("tts", "se")  # Among tts, vc, tse, se; also as one word, tts,se.
+    seconds: float = 5.0  # Of speech to make.
+    prompt: float = 5.0  # Seconds of the prompt.
+    repeats: int = 3  # Runs of each variant, in turns; the median counts.
+    full: bool = False  # Run all decoding steps, not a part of them that is counted up.
+    batch: int = 8  # Utterances together, for the gain of batches.
+    batches: tuple[int, ...] = ()  # Utterances together, each measured as one batch; on CUDA by default 1 to 64.
+    device: str = "auto"  # auto, cpu or cuda.
+    compile: bool = False  # Measure compiled passes too.
+    out: Path | None = None  # Folder for generate-PRESET.json and its plot.
 
     def run(self) -> Answer:
         speed = _recipe("bench.speed")
@@ -867,22 +753,15 @@ class BenchGenerate(Command):
         return Answer("\n".join(lines), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchTokenise(Command):
     """Measure how fast recordings become tokens, against the released order of operations in the same run."""
 
-    preset: Literal["debug", "nano", "paper"] = "paper"
-    """Sizes; the weights are random."""
-    seconds: float = 5.0
-    """Of each recording."""
-    batch: int = 8
-    """Recordings."""
-    repeats: int = 3
-    """Runs of each variant, in turns; the median counts."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    out: Path | None = None
-    """Folder for tokenise-PRESET.json and its plot."""
+    preset: Literal["debug", "nano", "paper"] = "paper"  # Sizes; the weights are random.
+    seconds: float = 5.0  # Of each recording.
+    batch: int = 8  # Recordings.
+    repeats: int = 3  # Runs of each variant, in turns; the median counts.
+    device: str = "auto"  # auto, cpu or cuda.
+    out: Path | None = None  # Folder for tokenise-PRESET.json and its plot.
 
     def run(self) -> Answer:
         speed = _recipe("bench.speed")
@@ -895,28 +774,22 @@ class BenchTokenise(Command):
         return Answer("\n".join(lines), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class BenchEvaluate(Command):
     """Measure the judges in batch against one file at a time with the model loaded each time, as the released do."""
 
-    testset: str = "human"
-    """A folder with manifest.jsonl, or a name under eval/testsets."""
-    files: int = 12
-    """How many recordings."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    testset: str = "human"  # A folder with manifest.jsonl, or a name under eval/testsets.
+    files: int = 12  # How many recordings.
+    device: str = "auto"  # auto, cpu or cuda.
 
     def run(self) -> Answer:
         found = _recipe("bench.judging").bench_evaluation(self.testset, self.files, device=self.device)
         return Answer("\n".join(f"{key}: {_short(value)}" for key, value in found.items()), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Inspect(Command):
     """Show the parts of a system, or one part: sizes, hashes, cards."""
 
-    path: Name
-    """nano, the folder of a system or of a part, or one model.safetensors."""
+    path: Name  # nano, the folder of a system or of a part, or one model.safetensors.
 
     def run(self) -> Answer:
         from metis_lib.checkpoints import SHIPPED
@@ -942,12 +815,10 @@ class Inspect(Command):
         return Answer("\n".join(lines), {"path": str(place), **total, "parts": parts})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Sizes(Command):
     """Parameters and exact bytes of every released file, from their description; nothing is downloaded or built."""
 
-    preset: Literal["paper", "nano", "debug"] = "paper"
-    """Sizes of the parts."""
+    preset: Literal["paper", "nano", "debug"] = "paper"  # Sizes of the parts.
 
     def run(self) -> Answer:
         from metis_lib.config import preset
@@ -959,16 +830,13 @@ class Sizes(Command):
         return Answer("\n".join(lines), found)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Verify(Command):
     """Check released files that are here against their tables of keys, sizes and hashes (exit code 1: one is wrong)."""
 
-    where: Name = "amphion/metis"
-    """A folder in the released layout, or a hub id (what the cache holds of it)."""
+    where: Name = "amphion/metis"  # A folder in the released layout, or a hub id (what the cache holds of it).
     task: Literal["base", "tts", "vc", "tse", "se", "l2s", "omni"] | None = None
     """Only what this task needs, all of which must be here."""
-    variant: Literal["full", "lora"] | None = None
-    """Of the task; the published default."""
+    variant: Literal["full", "lora"] | None = None  # Of the task; the published default.
 
     def run(self) -> Answer:
         from metis_lib.convert import verify
@@ -988,22 +856,17 @@ class Verify(Command):
         return Answer("\n".join([*lines, f"Licence: {place.licence}"]), document, int(bad))
 
 
-@dataclass(frozen=True, kw_only=True)
 class Convert(Command):
     """Released files to a system of ours, or back; the new folder appears when it is whole."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FROM")]
     """A folder or hub id of released files, or a system of ours."""
-    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TO")]
-    """The new folder."""
-    to: Literal["own", "released"]
-    """Which layout to write."""
+    target: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="TO")]  # The new folder.
+    to: Literal["own", "released"]  # Which layout to write.
     task: tuple[Literal["tts", "vc", "tse", "se", "l2s", "omni"], ...] = ()
     """Only these tasks; by default all that are there."""
-    variant: Literal["full", "lora"] | None = None
-    """Of released tasks; the published default."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which a system of ours is stored."""
+    variant: Literal["full", "lora"] | None = None  # Of released tasks; the published default.
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # In which a system of ours is stored.
 
     def run(self) -> Answer:
         import torch
@@ -1018,16 +881,12 @@ class Convert(Command):
         return Answer(f"{made}: written in the layout '{self.to}'", {"folder": str(made), "layout": self.to})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Export(Command):
     """Write what you fine-tuned as LoRA and adapter files in the released naming, with a model card."""
 
-    system: Name
-    """nano, or the folder of a system."""
-    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
-    """The new folder."""
-    task: str
-    """Which task of it."""
+    system: Name  # nano, or the folder of a system.
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]  # The new folder.
+    task: str  # Which task of it.
 
     def run(self) -> Answer:
         from metis_lib.convert import export
@@ -1036,7 +895,6 @@ class Export(Command):
         return Answer("\n".join(files), {"files": files})
 
 
-@dataclass(frozen=True, kw_only=True)
 class Doctor(Command):
     """Say what works on this machine, and what to do about what does not (exit code 1: a needed part fails)."""
 
@@ -1048,18 +906,14 @@ class Doctor(Command):
         return Answer(doctor.table(found), {"ok": ok, "checks": [vars(check) for check in found]}, 0 if ok else 1)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Lab(Command):
     """Open the notebooks in JupyterLab, with the laboratory in front."""
 
     notebook: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NOTEBOOK")] = "13"
     """Which notebook: the beginning of its name, such as 00 (quick start), 14 (tokens) or 15 (evaluation)."""
-    folder: Path | None = None
-    """What to serve, with notebooks/ in it (default: the clone)."""
-    port: int = 8888
-    """Where to serve."""
-    no_browser: bool = False
-    """Only print the address."""
+    folder: Path | None = None  # What to serve, with notebooks/ in it (default: the clone).
+    port: int = 8888  # Where to serve.
+    no_browser: bool = False  # Only print the address.
 
     def run(self) -> Answer:
         from metis_lib.evaluation.record import ROOT

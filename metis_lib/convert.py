@@ -102,15 +102,9 @@ def fresh(out: str | Path) -> Iterator[Path]:
 
 
 def to_own(
-    where: str | Path,
-    out: str | Path,
-    *,
-    tasks: Sequence[str] = (),
-    variant: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    say: Callable[[str], None] = lambda line: None,
-    **place: Any,
-) -> Path:
+    where: str | Path, out: str | Path, *, tasks: Sequence[str] = (), variant: str | None = None,
+    dtype: torch.dtype = torch.float32, say: Callable[[str], None] = lambda line: None, **place: Any,
+) -> Path:  # fmt: skip
     """Write the released files at ``where`` as a system of ours.
 
     Args:
@@ -253,7 +247,7 @@ def export(system: str | Path, out: str | Path, task: str) -> list[Path]:
 
 def _readme(config: TaskConfig, card: dict[str, Any], files: list[Path], folder: Path) -> str:
     """The model card of an exported task: data, licence, training, scores."""
-    title = task_named(config.task).name.upper()
+    title = config.task.upper()
     kind = f"LoRA of rank {config.lora_rank} (alpha {2 * config.lora_rank})" if config.lora_rank else "weights"
     lines = [
         f"# {title}: stage 1 of Metis, fine-tuned",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from metis_lib import audio
 from metis_lib.audio import Source, Speech
 from metis_lib.checkpoints import fill, own_system
-from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE, Stage1Config, preset
+from metis_lib.config import AUDIO_RATE, FRAME_RATE, SSL_RATE, preset
 from metis_lib.errors import MetisError
 from metis_lib.generation import RELEASED_STEPS, Made, Options, Request, Voice, batches, decode, run
 from metis_lib.models import adapt
@@ -26,15 +26,17 @@ from metis_lib.models.masked import Noise
 from metis_lib.models.stage1 import Stage1, spread
 from metis_lib.models.stage2 import Stage2
 from metis_lib.models.transformer import Packs
-from metis_lib.stores import PARTS, Folder, Random, Store
+from metis_lib.stores import PARTS, Folder, Random
 from metis_lib.tasks import TASKS, like, own
-from metis_lib.tasks.tts import byte_rule, target_frames
 from metis_lib.tokenizers.acoustic import AcousticCodec
 from metis_lib.tokenizers.lips import LipEncoder, upsample
 from metis_lib.tokenizers.listener import Listener
 from metis_lib.tokenizers.semantic import SemanticCodec, freeze
-from metis_lib.tokenizers.ssl import SHORTEST, SSLEncoder, count_frames, quicken
+from metis_lib.tokenizers.ssl import SSLEncoder, count_frames, quicken
 from metis_lib.tokenizers.text import PhoneTokenizer, sentences
+
+if TYPE_CHECKING:
+    from metis_lib.released import Released
 
 SHORTEST_PROMPT = 0.5
 SHORTEST_INPUT = 0.2
@@ -153,7 +155,8 @@ class Metis:
     listener: Listener
 
     def __init__(
-        self, store: Store, device: torch.device, *, compat: str | None = None, compile: bool = False
+        self, store: Folder | Random | Released, device: torch.device, *, compat: str | None = None,
+        compile: bool = False,
     ) -> None:  # fmt: skip
         if compat not in (None, "released"):
             raise MetisError(f"unknown compat {compat!r}; leave it out, or say 'released'")
@@ -194,7 +197,7 @@ class Metis:
             MetisError: unknown name, or a damaged or incomplete checkpoint.
         """
         where, kind = pick_device(device), pick_dtype(dtype)
-        store: Store
+        store: Folder | Random | Released
         if str(name) in ("debug", "random-nano", "random-paper"):
             store = Random(str(name).removeprefix("random-"), kind)
         elif own_system(name):
@@ -287,8 +290,7 @@ class Metis:
         plain = {key: value for key, value in added.items() if ".lora_" not in key}
         whole = "to_logit.weight" in plain and not config.lora_rank  # everything was trained
         self._whole |= {name} if whole else set()
-        system = getattr(self.store, "config", None) if whole else None
-        sizes: Stage1Config = self.stage1.config if system is None else system.stage1
+        sizes = self.store.config.stage1 if whole else self.stage1.config
         with torch.device("meta"):
             model = Stage1(replace(sizes, **config.stage1))
         state = plain if whole else {**self.stage1.state_dict(), **plain}
@@ -586,6 +588,8 @@ class Metis:
             return self._vc(source, prompt, **more)
         if not text or not prompt_text:
             raise MetisError("text-guided extraction needs both text and prompt_text")
+        if not self._held(more["info"]["by"]).config.use_phones:  # a task of one's own
+            raise MetisError(f"the task {more['info']['task']} takes no text")
         said, wanted = (self._phones(words, language) for words in (prompt_text, text))
         voice = self.voice(prompt)
         wav, wav_16k = self._hear_both(source, SHORTEST_INPUT, LONGEST_INPUT if self.compat else Limits().whole)
@@ -596,8 +600,6 @@ class Metis:
         texts: tuple[Tensor, Tensor] | None = None,
     ) -> Job:  # fmt: skip
         """A task whose condition is heard: features of prompt and source."""
-        if len(wav_16k) < SHORTEST:
-            raise MetisError("the recording is too short for one token")
         self._held(info["by"])
         if len(wav) > self.limits.whole * AUDIO_RATE and not self.compat and texts is None:
             return Job([], len(wav), info, self._windows(wav_16k, voice, generator, info))
@@ -665,10 +667,10 @@ class Metis:
         def length(words: str, phones: Tensor) -> int:
             if seconds is not None:
                 return int(seconds * FRAME_RATE) if self.compat else round(seconds * FRAME_RATE)
-            if self.compat or self.phones.size > 512:  # the released table
-                return byte_rule(start, prompt_text, words)
+            if self.compat or self.phones.size > 512:  # the released table: by bytes, as released
+                return start * len(words.encode()) // max(len(prompt_text.encode()), 1)
             before, after = (float(self._held(info["by"]).times_of(one).sum()) for one in (said, phones))
-            return target_frames(start, before, after)
+            return max(25, round(start * after / max(before, 1e-6)))  # at the rate of the prompt
 
         parts = [(text, wanted)]
         if seconds is None and not self.compat and length(text, wanted) > self.limits.said * FRAME_RATE:

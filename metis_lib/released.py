@@ -72,13 +72,9 @@ class Released:
     decode: dict[str, dict[str, Any]] = {}
 
     def __init__(
-        self,
-        where: str | Path = "amphion/metis",
-        *,
-        revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, where: str | Path = "amphion/metis", *, revision: str | None = None, dtype: torch.dtype = torch.float32,
         local_files_only: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Nothing is fetched or read yet.
 
         Args:
@@ -328,7 +324,7 @@ class Released:
         """What fine-tuning made of stage 1.
 
         Returns the task's configuration and: of a ``full`` variant all weights of its stage 1 (``lora_rank`` 0), of
-        ``lora`` the adapter (``cond_adapter.*``) and LoRA as :func:`metis_lib.models.adapt.load_lora` takes it, alpha
+        ``lora`` the adapter (``cond_adapter.*``) and LoRA named as by :func:`metis_lib.models.adapt.lora_state`, alpha
         being twice the rank.
 
         Raises:

@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,38 +66,6 @@ def phone_table(folder: Path) -> PhoneTokenizer:
     return PhoneTokenizer.from_vocab(table) if table.is_file() else PhoneTokenizer()
 
 
-class Store(Protocol):
-    """What a pipeline asks of a store; modules are on the CPU and in evaluation mode."""
-
-    name: str
-    licence: str
-    decode: dict[str, dict[str, Any]]
-    """Decoding options that are the system's defaults, by task, or for ``any``."""
-
-    @property
-    def config(self) -> SystemConfig:
-        """Sizes; of parts that are not there the paper's."""
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks that can be asked for."""
-
-    def require(self, task: str, variant: str | None = None) -> None:
-        """Fetch what a task needs before anything is loaded; MetisError names what is missing."""
-
-    def part(self, name: str) -> nn.Module:
-        """A part by its name in :data:`PARTS`, or ``acoustic_decoder``: the codec for decoding only."""
-
-    def task(self, name: str, variant: str | None = None) -> tuple[TaskConfig, dict[str, Tensor]]:
-        """What fine-tuning added to stage 1: its configuration and weights; all weights where all were trained."""
-
-    def phones(self) -> PhoneTokenizer:
-        """The phone table."""
-
-    def phone_head(self) -> nn.Linear:
-        """The phones in SSL features, by which a system hears itself; MetisError where it has none."""
-
-
 def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Parameters (not buffers) as ``dtype``, one by one, so that no second copy of the module is needed."""
     for parameter in module.parameters():
@@ -106,9 +74,10 @@ def cast(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class Folder:
-    """A system of ours: a folder a part, tasks under ``tasks/`` (see :mod:`metis_lib.checkpoints`)."""
+    """A system of ours: a folder a part, tasks under ``tasks/`` (see :mod:`metis_lib.checkpoints`).
 
-    licence = ""
+    ``decode``: decoding options that are the system's defaults, by task, or for ``any``.
+    """
 
     def __init__(self, name: str | Path, dtype: torch.dtype = torch.float32) -> None:
         self.name, self.folder, self.dtype = str(name), locate(name), dtype
@@ -187,7 +156,6 @@ class Random:
     """Random weights of a preset, the same for the same seed (and kind of ``device``, where they are made): for tests,
     and to measure speed and memory."""
 
-    licence = ""
     decode: dict[str, dict[str, Any]] = {}
 
     def __init__(

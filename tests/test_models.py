@@ -142,13 +142,9 @@ def test_lora_of_a_lower_rank_is_the_nearest_one():
     }
     whole = state[b] @ state[a]
     errors = []
-    for rank in (1, 3, 6, 8):
-        less = adapt.reduce_lora(state, rank)
-        assert (
-            less[a].shape == (min(rank, 6), 20)
-            and less[b].shape == (30, min(rank, 6))
-            and less["gate"] is state["gate"]
-        )
+    for rank in (1, 3, 6):
+        less = adapt.fit_lora(state, rank)
+        assert less[a].shape == (rank, 20) and less[b].shape == (30, rank) and less["gate"] is state["gate"]
         errors.append(float((less[b] @ less[a] - whole).pow(2).sum()))
         left = torch.linalg.svdvals(whole)[rank:].pow(2).sum()
         assert errors[-1] == pytest.approx(float(left), abs=1e-2)
@@ -166,7 +162,7 @@ def test_lora_active_and_merged(omni):
         adapt.add_lora(model, rank=4)
         model.eval()
         torch.testing.assert_close(model.diff_estimator(*given), io["de_out_nophone"], **TOLERANCE)  # B begins at 0
-        adapt.load_lora(model, lora)
+        model.load_state_dict({key.removeprefix("model."): value for key, value in lora.items()}, strict=False)
         out = model.diff_estimator(*given)
         assert (out - io["de_out_nophone"]).abs().max() > 0.1
         again = adapt.lora_state(model)
@@ -182,12 +178,9 @@ def test_lora_active_and_merged(omni):
 
 def test_lora_keys_must_fit(omni):
     bare, lora = lora_model(omni)
-    model = copy.deepcopy(bare)
-    adapt.add_lora(model, rank=4)
     lora["model.tpyo"] = lora.pop(sorted(lora)[0])
-    for check, to in ((adapt.load_lora, model), (adapt.check_lora, bare)):
-        with pytest.raises(MetisError, match="LoRA"):
-            check(to, lora)
+    with pytest.raises(MetisError, match="LoRA"):
+        adapt.check_lora(bare, lora)
 
 
 def test_layers_of_stage_2_are_drawn_as_often_as_released():

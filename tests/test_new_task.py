@@ -85,5 +85,6 @@ def test_a_missing_file_is_named() -> None:
 @pytest.mark.parametrize("named", [True, False])
 def test_the_example_can_be_imported_wherever_it_is_named(named: bool) -> None:
     environment = {**os.environ, "METIS_TASKS": str(FILE) if named else ""}
-    call = "import examples.declip; from metis_lib.tasks import TASKS; assert 'declip' in TASKS"
+    first = "from metis_lib import Metis" if named else "import examples.declip"
+    call = f"{first}; import examples.declip; from metis_lib.pipeline import SOURCES; assert 'declip' in SOURCES"
     subprocess.run([sys.executable, "-c", call], env=environment, cwd=ROOT, check=True)

@@ -199,7 +199,6 @@ def test_acoustic_codec_matches_released() -> None:
         recon = codec.decode(codes)
         same(recon[:, None], io[f"recon_{case}"])
         assert codec(wav)["recon"].shape == wav.shape
-        torch.testing.assert_close(codec.encode(wav, 2), codes[..., :2])
 
 
 def test_mel_encoder_frames() -> None:
@@ -224,10 +223,10 @@ def test_mel_encoder_frames() -> None:
 
 def test_acoustic_codec_trains_under_autocast() -> None:
     codec = AcousticCodec(preset("debug").acoustic).train()
-    codec.track_usage()
+    codec.decoder.quantizer.track_usage()
     wav = 0.1 * torch.randn(2, 4900)
     with torch.autocast("cpu", torch.bfloat16):
-        out = codec(wav, torch.Generator().manual_seed(0))
+        out = codec(wav, codec.draw_layers(2, torch.Generator().manual_seed(0)))
     assert out["recon"].shape == wav.shape and out["codes"].shape == (2, 11, 12)
     assert all(out[k].dtype == torch.float32 for k in ("recon", "commit_loss", "codebook_loss"))
     loss = multi_scale_mel_losses(out["recon"], wav, 24_000)[0].mean() + out["commit_loss"] + out["codebook_loss"]

@@ -1424,7 +1424,7 @@ def test_finetuning_goes_on_from_what_its_base_has_learned(workshop, tmp_path, m
     assert found[6] == pytest.approx(found[2], abs=2e-3), "more of what adds nothing"
     assert any("goes on from the base's LoRA of rank 2, at rank 6" in line for line in said)
     state = load_state(base / "tasks/se")
-    larger, again = adapt.fit_lora(state, 6), adapt.reduce_lora(adapt.fit_lora(state, 6), 2)
+    larger, again = adapt.fit_lora(state, 6), adapt.fit_lora(adapt.fit_lora(state, 6), 2)
     for key in (key for key in state if ".lora_A." in key):
         other = key.replace(".lora_A.", ".lora_B.")
         assert larger[key].shape[0] == larger[other].shape[1] == 6
@@ -1652,7 +1652,7 @@ def test_codebooks_that_were_just_fitted_stay(job_of):
     """What was heard before belongs to the old axes: nothing follows it, and no code is idle yet."""
     sizes = preset("debug").acoustic
     codec = tok.AcousticCodec(replace(sizes, codebook_search="distance", codebook_dim=sizes.latent_dim)).train()
-    codec.track_usage()
+    codec.decoder.quantizer.track_usage()
     codec(torch.randn(2, 9600) * 0.1)
     quantizer = codec.decoder.quantizer
     for layer in quantizer.quantizers:
@@ -1742,7 +1742,7 @@ def test_a_task_begins_with_what_others_have_learned(job_of):
     other = lora.replace(".lora_B.", ".lora_A.")
     assert both[lora].shape == vc[lora].shape and not alike(vc[lora], both[lora])
     assert alike(vc[lora], begun["tts+vc"][lora]), "of what several have, the last one's"
-    reduced = recipes.adapt.reduce_lora(tts, 2)
+    reduced = recipes.adapt.fit_lora(tts, 2)
     torch.testing.assert_close(both[lora] @ both[other], (reduced[lora] @ reduced[other]).float(), rtol=0.05, atol=1e-4)
     with pytest.raises(MetisError, match="begin"):
         recipes.train(replace(omni, options={**omni.options, "begin": "singing"}))
@@ -2076,7 +2076,7 @@ def test_processes_share_tensors_in_place(monkeypatch):
     sent = []
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, source: sent.append((tensor.data_ptr(), source)))
     codec = tok.AcousticCodec(preset("debug").acoustic)
-    codec.track_usage()
+    codec.decoder.quantizer.track_usage()
     fabric = SimpleNamespace(world_size=2, all_reduce=lambda x, reduce_op: x)
     tok.revive(codec.decoder.quantizer, 5, 9, fabric, TrainSettings(steps=1))
     layers = codec.decoder.quantizer.quantizers

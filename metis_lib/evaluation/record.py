@@ -114,7 +114,7 @@ def testset_hash(folder: Path) -> str:
 
 MODEL_CODE = (
     *("audio.py", "config.py", "pipeline.py", "generation.py", "bulk.py", "stores.py", "checkpoints.py", "released.py"),
-    *("models", "tokenizers", "tasks"),
+    *("models", "tokenizers", "tasks.py"),
 )
 """What the audio of a model depends on."""
 

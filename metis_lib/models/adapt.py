@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metis_lib.errors import MetisError, must_match
+from metis_lib.errors import must_match
 from metis_lib.models.transformer import initialise_mlp
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -25,46 +25,23 @@ class ConditionAdapter(nn.Module):
         return self.out_linear(nn.functional.silu(self.in_linear(condition))) * self.gate_scale
 
 
-class PlainAdapter(nn.Sequential):
-    """The ungated adapter of lip-to-speech, ``[B, T, C]`` to ``[B, T, H]``."""
-
-    def __init__(self, width_in: int, width: int) -> None:
-        super().__init__(nn.Linear(width_in, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
-        initialise_mlp(self)
-
-
-def add_lora(model: nn.Module, rank: int, alpha: float | None = None, dropout: float = 0.01) -> None:
+def add_lora(model: nn.Module, rank: int, dropout: float = 0.01) -> None:
     """Put LoRA layers of ``rank`` into every attention and MLP projection of ``model``, in place.
 
-    ``alpha`` is twice the rank where not given, as published.  Base weights are frozen, LoRA weights train.
+    Alpha is twice the rank, as published.  Base weights are frozen, LoRA weights train.
     """
     from metis_lib.compat import prepare_torchaudio
 
     prepare_torchaudio()
     import peft
 
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=list(LORA_TARGETS),
-    )
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=list(LORA_TARGETS))
     peft.inject_adapter_in_model(config, model, adapter_name="default")
 
 
 def lora_state(model: nn.Module) -> dict[str, Tensor]:
     """LoRA weights under the released names (``model.<layer>.lora_A.default.weight``)."""
     return {f"model.{key}": value for key, value in model.state_dict().items() if ".lora_" in key}
-
-
-def load_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load weights of :func:`lora_state` into a model with LoRA layers; every key must fit, none may be missing."""
-    have = {f"model.{key}" for key in model.state_dict() if ".lora_" in key}
-    wrong = sorted(have ^ set(state))
-    if wrong:
-        raise MetisError(f"LoRA weights do not fit this model: {len(wrong)} keys differ, the first is {wrong[0]}")
-    model.load_state_dict({key.removeprefix("model."): value for key, value in state.items()}, strict=False)
 
 
 def check_lora(model: nn.Module, state: dict[str, Tensor]) -> int:
@@ -79,33 +56,26 @@ def check_lora(model: nn.Module, state: dict[str, Tensor]) -> int:
     return rank
 
 
-def reduce_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """``state`` with every LoRA pair of more than ``rank`` replaced by the nearest of ``rank`` (singular values)."""
-    out = dict(state)
-    for key in (key for key in state if ".lora_A." in key and len(state[key]) > rank):
-        other = key.replace(".lora_A.", ".lora_B.")
-        left, values, right = torch.linalg.svd(state[other].double() @ state[key].double(), full_matrices=False)
-        root = values[:rank].sqrt()
-        out[key] = (root[:, None] * right[:rank]).to(state[key].dtype)
-        out[other] = (left[:, :rank] * root).to(state[other].dtype)
-    return out
-
-
 def fit_lora(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """``state`` at another rank: reduced (:func:`reduce_lora`), or made larger by what adds nothing to the product:
-    rows of A as they begin (random, seed 0), columns of B of zeros."""
-    out, generator = reduce_lora(state, rank), torch.Generator().manual_seed(0)
-    for key in (key for key in state if ".lora_A." in key and len(state[key]) < rank):
+    """``state`` with every LoRA pair at another rank: the nearest of a lower one (singular values), or made larger by
+    what adds nothing to the product: rows of A as they begin (random, seed 0), columns of B of zeros."""
+    out, generator = dict(state), torch.Generator().manual_seed(0)
+    for key in (key for key in state if ".lora_A." in key and len(state[key]) != rank):
         other, missing = key.replace(".lora_A.", ".lora_B."), rank - len(state[key])
-        width, height = out[key].shape[1], len(out[other])
-        more = torch.randn(missing, width, generator=generator) / width**0.5
-        out[key] = torch.cat([out[key], more.to(out[key].dtype)])
-        out[other] = torch.cat([out[other], out[other].new_zeros(height, missing)], dim=1)
+        down, up = state[key], state[other]
+        if missing < 0:
+            left, values, right = torch.linalg.svd(up.double() @ down.double(), full_matrices=False)
+            root = values[:rank].sqrt()
+            out[key], out[other] = (root[:, None] * right[:rank]).to(down.dtype), (left[:, :rank] * root).to(up.dtype)
+        else:
+            more = torch.randn(missing, down.shape[1], generator=generator) / down.shape[1] ** 0.5
+            out[key] = torch.cat([down, more.to(down.dtype)])
+            out[other] = torch.cat([up, up.new_zeros(len(up), missing)], dim=1)
     return out
 
 
-def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False, scale: float = 2.0) -> None:
-    """Add ``scale * B A`` (alpha is twice the rank) to the weights of ``model``, in place or to copies of them.
+def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False) -> None:
+    """Add ``2 B A`` (alpha is twice the rank) to the weights of ``model``, in place or to copies of them.
 
     ``state`` is named as by :func:`lora_state`; the product is computed in fp32.
     """
@@ -113,7 +83,7 @@ def fold_lora(model: nn.Module, state: dict[str, Tensor], *, copy: bool = False,
         layer = model.get_submodule(key.removeprefix("model.").partition(".lora_A.")[0])
         weight = layer.weight.data
         down, up = (state[k].to(weight.device).float() for k in (key, key.replace(".lora_A.", ".lora_B.")))
-        folded = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + scale * (up @ down)).to(weight.dtype)
+        folded = (weight.to(torch.promote_types(weight.dtype, torch.float32)) + 2.0 * (up @ down)).to(weight.dtype)
         if copy:
             layer.weight = nn.Parameter(folded, requires_grad=False)
         else:

@@ -41,13 +41,9 @@ class DiscriminatorConfig:
 
 
 NANO = DiscriminatorConfig(
-    periods=(2, 3, 5),
-    fft_sizes=(1024, 256),
-    bands=((0.0, 0.25), (0.25, 0.5), (0.5, 1.0)),
-    period_channels=(8, 16, 32, 32),
-    band_channels=8,
+    (2, 3, 5), (1024, 256), ((0.0, 0.25), (0.25, 0.5), (0.5, 1.0)), period_channels=(8, 16, 32, 32), band_channels=8,
     overlap=2,
-)
+)  # fmt: skip
 """Small enough to train beside the nano codec on two CPU cores."""
 
 

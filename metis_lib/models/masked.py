@@ -6,7 +6,6 @@ the released code.  Randomness comes from a ``torch.Generator`` or from a ``nois
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from metis_lib.config import DecodeSettings
-from metis_lib.errors import MetisError
 
 Noise = Callable[[tuple[int, ...]], Tensor]
 Predict = Callable[[Tensor, Tensor, int, Tensor | None], Tensor]
@@ -43,8 +41,6 @@ def still_masked(step: int, steps: int, lengths: Tensor, schedule: str = "cosine
 
     ``schedule`` is a key of :data:`SCHEDULES`; the published one is ``cosine``, of progress ``1 - t``: sin(pi t / 2).
     """
-    if schedule not in SCHEDULES:
-        raise MetisError(f"unknown schedule {schedule!r}; choose one of {', '.join(SCHEDULES)}")
     t = torch.tensor(1 - (step + 1) / steps if step + 1 < steps else 0.0, device=lengths.device)
     return (SCHEDULES[schedule](t) * lengths).long()
 
@@ -66,9 +62,7 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator | None, device: to
     return _gumbel_of(u, device)
 
 
-@functools.lru_cache(maxsize=1)
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+_THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1))  # they start at their first use
 
 
 def _uniform(
@@ -82,7 +76,7 @@ def _uniform(
 
     with torch.inference_mode(False):  # or no other thread could write to it
         u = torch.empty((len(sizes), max(sizes), *width), pin_memory=pinned)
-    list(_threads().map(fill, u, sizes, generators))
+    list(_THREADS.map(fill, u, sizes, generators))
     return u
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from metis_lib.config import DecodeSettings, Stage1Config
+from metis_lib.errors import MetisError
 from metis_lib.models import masked
-from metis_lib.models.adapt import ConditionAdapter, PlainAdapter
-from metis_lib.models.transformer import MaskedTransformer, initialise_mlp
+from metis_lib.models.adapt import ConditionAdapter
+from metis_lib.models.transformer import MaskedTransformer, initialise_mlp, mlp
 
 
 class TextHint(nn.Module):
@@ -100,11 +101,12 @@ class Stage1(nn.Module):
         if config.adapter == "gated":
             self.cond_adapter: nn.Module = ConditionAdapter(config.cond_dim, width)
         elif config.adapter == "plain":
-            self.cond_adapter = PlainAdapter(config.cond_dim, width)
+            self.cond_adapter = mlp(config.cond_dim, width)
+            initialise_mlp(self.cond_adapter)
         elif config.adapter != "none":
-            raise ValueError(f"adapter must be none, gated or plain, not {config.adapter!r}")
+            raise MetisError(f"adapter must be none, gated or plain, not {config.adapter!r}")
         if config.text_hint not in ("none", "even", "timed"):
-            raise ValueError(f"text_hint must be none, even or timed, not {config.text_hint!r}")
+            raise MetisError(f"text_hint must be none, even or timed, not {config.text_hint!r}")
         if config.text_hint != "none":
             self.text_hint = TextHint(config.phone_vocab, width, config.hint_kernel, config.hint_width)
         if config.text_hint == "timed":
@@ -114,41 +116,11 @@ class Stage1(nn.Module):
         """Embeddings ``[B, T, H]`` of ``tokens [B, T]``, with the mask embedding where ``is_masked [B, T]``."""
         return torch.where(is_masked[..., None], self.mask_emb.weight[0], self.cond_emb(tokens))
 
-    def hidden(
-        self,
-        x: Tensor,
-        t: Tensor,
-        *,
-        phones: Tensor | None = None,
-        mask: Tensor | None = None,
-        phone_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Last hidden states ``[B, T, H]`` of embeddings ``x [B, T, H]`` at times ``t [B]``.
-
-        ``phones [B, L]`` are put in front; ``mask [B, T]`` and ``phone_mask [B, L]`` are True where something is.
-        """
-        frames = x.shape[1]
-        if phones is not None:
-            prefix = self.diff_estimator.cond_mlp(self.phone_emb(phones))
-            x = torch.cat([prefix, x], dim=1)
-            if mask is not None or phone_mask is not None:
-                mask = mask if mask is not None else x.new_ones(x.shape[0], frames, dtype=torch.bool)
-                phone_mask = phone_mask if phone_mask is not None else torch.ones_like(phones, dtype=torch.bool)
-                mask = torch.cat([phone_mask.bool(), mask.bool()], dim=1)
-        return self.diff_estimator(x, t, mask)[:, -frames:]
-
     def forward(
-        self,
-        tokens: Tensor,
-        is_masked: Tensor,
-        t: Tensor,
-        *,
-        mask: Tensor | None = None,
-        phones: Tensor | None = None,
-        phone_mask: Tensor | None = None,
-        condition: Tensor | None = None,
+        self, tokens: Tensor, is_masked: Tensor, t: Tensor, *, mask: Tensor | None = None,
+        phones: Tensor | None = None, phone_mask: Tensor | None = None, condition: Tensor | None = None,
         hint: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Training: hidden states ``[B, T, H]``; project those to be predicted with ``to_logit``.
 
         Args:
@@ -156,12 +128,19 @@ class Stage1(nn.Module):
             is_masked: ``[B, T]`` True where the token is hidden.
             t: ``[B]`` times.
             mask: ``[B, T]`` True where a frame exists.
-            phones, phone_mask: ``[B, L]``.
+            phones, phone_mask: ``[B, L]`` phones that are put in front, True where there is one.
             condition: ``[B, T, C]`` frame-level condition.
             hint: ``[B, T]`` frame-level phone ids.
         """
         x = self.embed(tokens, is_masked) + self.condition_embedding(condition, hint)
-        return self.hidden(x, t, phones=phones, mask=mask, phone_mask=phone_mask)
+        frames = x.shape[1]
+        if phones is not None:
+            x = torch.cat([self.diff_estimator.cond_mlp(self.phone_emb(phones)), x], dim=1)
+            if mask is not None or phone_mask is not None:
+                mask = mask if mask is not None else x.new_ones(x.shape[0], frames, dtype=torch.bool)
+                phone_mask = phone_mask if phone_mask is not None else torch.ones_like(phones, dtype=torch.bool)
+                mask = torch.cat([phone_mask.bool(), mask.bool()], dim=1)
+        return self.diff_estimator(x, t, mask)[:, -frames:]
 
     def times_of(self, phones: Tensor) -> Tensor:
         """Relative durations ``[L]`` of ``phones [L]``: predicted where the hint is timed, else all the same."""
@@ -181,20 +160,12 @@ class Stage1(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        prompt: Tensor,
-        target_len: int | Tensor,
-        *,
-        prompt_lengths: Tensor | None = None,
-        phones: Tensor | None = None,
-        phone_lengths: Tensor | None = None,
-        condition: Tensor | None = None,
-        hint: Tensor | None = None,
-        settings: DecodeSettings | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: masked.Noise | None = None,
+        self, prompt: Tensor, target_len: int | Tensor, *, prompt_lengths: Tensor | None = None,
+        phones: Tensor | None = None, phone_lengths: Tensor | None = None, condition: Tensor | None = None,
+        hint: Tensor | None = None, settings: DecodeSettings | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, noise: masked.Noise | None = None,
         return_iterations: bool = False,
-    ) -> Tensor | masked.MaskedTrace:
+    ) -> Tensor | masked.MaskedTrace:  # fmt: skip
         """Generate SSL tokens after a prompt.
 
         Args:

@@ -48,10 +48,6 @@ class Stage2(nn.Module):
         weights[: self.first_layer] = 0
         return weights / weights.sum()
 
-    def embed_layer(self, layer: int, codes: Tensor) -> Tensor:
-        """Embedding ``[B, T, H]`` of the codes ``[B, T]`` of one layer."""
-        return self.token_emb[layer](codes)
-
     def context(self, codes: Tensor, layer: int, in_prompt: Tensor) -> Tensor:
         """Embeddings of all layers but ``layer``, ``[B, T, H]``.
 
@@ -61,9 +57,9 @@ class Stage2(nn.Module):
         total = torch.zeros((*codes.shape[:2], self.config.hidden_size), device=codes.device)
         for other in range(self.config.num_quantizers):
             if other < layer:
-                total = total + self.embed_layer(other, codes[..., other])
+                total = total + self.token_emb[other](codes[..., other])
             elif other > layer:
-                known = self.embed_layer(other, codes[..., other])
+                known = self.token_emb[other](codes[..., other])
                 total = total + torch.where(in_prompt[..., None], known, hidden_part)
         return total
 
@@ -73,15 +69,9 @@ class Stage2(nn.Module):
         return self.diff_estimator.cond_mlp(embedding)
 
     def forward(
-        self,
-        codes: Tensor,
-        semantic: Tensor,
-        layer: int,
-        is_masked: Tensor,
-        t: Tensor,
-        prompt_lengths: Tensor,
+        self, codes: Tensor, semantic: Tensor, layer: int, is_masked: Tensor, t: Tensor, prompt_lengths: Tensor,
         mask: Tensor | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Training: hidden states ``[B, T, H]``; project those to be predicted with ``to_logits[layer]``.
 
         Args:
@@ -99,25 +89,18 @@ class Stage2(nn.Module):
     def training_input(self, codes: Tensor, layer: int, is_masked: Tensor, prompt_lengths: Tensor) -> Tensor:
         """Input embeddings ``[B, T, H]`` before the condition is added."""
         in_prompt = torch.arange(codes.shape[1], device=codes.device)[None] < prompt_lengths[:, None]
-        own = self.embed_layer(layer, codes[..., layer])
+        own = self.token_emb[layer](codes[..., layer])
         own = torch.where(is_masked[..., None], self.mask_emb.weight[0], own)
         return self.context(codes, layer, in_prompt) + own
 
     @torch.no_grad()
     def generate(
-        self,
-        semantic: Tensor,
-        prompt: Tensor,
-        *,
-        prompt_lengths: Tensor | None = None,
-        lengths: Tensor | None = None,
-        first_layer: Tensor | None = None,
-        steps: Sequence[int] = (40,),
+        self, semantic: Tensor, prompt: Tensor, *, prompt_lengths: Tensor | None = None,
+        lengths: Tensor | None = None, first_layer: Tensor | None = None, steps: Sequence[int] = (40,),
         settings: DecodeSettings | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        noise: masked.Noise | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, noise: masked.Noise | None = None,
         traces: list[masked.MaskedTrace] | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Generate acoustic codes after an acoustic prompt.
 
         Args:
@@ -160,7 +143,7 @@ class Stage2(nn.Module):
         scales_of: dict[int, Tensor] = {}
         for layer in range(self.first_layer, count):
             fixed = self.context(codes, layer, in_prompt) + self.condition(semantic, layer)
-            prompt_rows = fixed[:, :start] + self.embed_layer(layer, codes[:, :start, layer])
+            prompt_rows = fixed[:, :start] + self.token_emb[layer](codes[:, :start, layer])
             target_rows = fixed[:, start:]
             own_settings = replace(settings, steps=steps[layer])
             if steps[layer] not in scales_of:
@@ -168,16 +151,11 @@ class Stage2(nn.Module):
                 scales_of[steps[layer]] = net.steps(masked.times(own_settings), together)
 
             def predict(
-                tokens: Tensor,
-                is_masked: Tensor,
-                step: int,
-                wanted: Tensor | None,
-                layer: int = layer,
-                prompt_rows: Tensor = prompt_rows,
-                target_rows: Tensor = target_rows,
+                tokens: Tensor, is_masked: Tensor, step: int, wanted: Tensor | None, layer: int = layer,
+                prompt_rows: Tensor = prompt_rows, target_rows: Tensor = target_rows,
                 scales: Tensor = scales_of[steps[layer]],
-            ) -> Tensor:
-                own = self.embed_layer(layer, tokens)
+            ) -> Tensor:  # fmt: skip
+                own = self.token_emb[layer](tokens)
                 rows = target_rows + torch.where(is_masked[..., None], self.mask_emb.weight[0], own)
                 x = torch.cat([prompt_rows, rows], dim=1)
                 if guided:  # as in stage 1

@@ -229,14 +229,13 @@ class AcousticCodec(nn.Module):
             raise MetisError(f"audio must have the shape [B, S] with S >= {shortest}, got {tuple(wav.shape)}")
 
     @torch.no_grad()
-    def encode(self, wav: Tensor, num_quantizers: int | None = None) -> Tensor:
-        """Samples ``[B, S]`` to codes ``[B, T, Q]`` int64, of the first ``num_quantizers`` layers or all.
+    def encode(self, wav: Tensor) -> Tensor:
+        """Samples ``[B, S]`` to codes ``[B, T, Q]`` int64.
 
         T is ceil(S / 480) with the mel encoder and as released with the waveform encoder (7003 give 14).
         """
         self._check(wav)
-        codes = self.decoder.quantizer(self.encoder(wav), num_quantizers).codes
-        return codes.permute(1, 2, 0)
+        return self.decoder.quantizer(self.encoder(wav)).codes.permute(1, 2, 0)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -276,18 +275,13 @@ class AcousticCodec(nn.Module):
         drop = torch.rand(batch, generator=generator) < (self.config.quantizer_dropout if share is None else share)
         return torch.where(drop, fewer, torch.full_like(fewer, count))
 
-    def forward(
-        self, wav: Tensor, generator: torch.Generator | None = None, layers: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Reconstruct ``wav [B, S]`` from the first ``layers [B]``; by default all, and in training mode with quantiser
-        dropout (``generator`` on the CPU).
+    def forward(self, wav: Tensor, layers: Tensor | None = None) -> dict[str, Tensor]:
+        """Reconstruct ``wav [B, S]`` from the first ``layers [B]``, by default all.
 
         Returns ``recon [B, S]`` fp32, ``codes [B, T, Q]`` and the scalars ``commit_loss`` and
         ``codebook_loss``, summed over the layers, with their weights.
         """
         self._check(wav)
-        if layers is None and self.training:
-            layers = self.draw_layers(len(wav), generator)
         latent = self.encoder(wav)
         found = self.decoder.quantizer(latent, layers)
         recon = self.decoder.model(found.output.to(latent.dtype))[:, : wav.shape[1]]
@@ -297,7 +291,3 @@ class AcousticCodec(nn.Module):
             "commit_loss": found.commit_loss.sum(),
             "codebook_loss": found.codebook_loss.sum(),
         }
-
-    def track_usage(self, on: bool = True) -> None:
-        """Count idle codes while training, so that :meth:`revive` can replace them."""
-        self.decoder.quantizer.track_usage(on)

@@ -369,7 +369,3 @@ class SemanticCodec(nn.Module):
         commit, codebook = found.commit_loss.sum(), found.codebook_loss.sum()
         losses = {"recon_l1": l1, "commit_loss": commit, "codebook_loss": codebook, "total": l1 + commit + codebook}
         return recon, losses, found.codes[0]
-
-    def track_usage(self, on: bool = True) -> None:
-        """Count idle codes while training, so that :meth:`revive` can replace them."""
-        self.quantizer.track_usage(on)

@@ -192,26 +192,15 @@ class SSLEncoder(nn.Module):
         if not 1 <= config.output_layer <= config.num_layers:
             raise MetisError(f"output_layer must lie in 1..{config.num_layers}, got {config.output_layer}")
         self.config = config
-        self.model = Wav2Vec2BertModel(
-            Wav2Vec2BertConfig(
-                vocab_size=None,
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.output_layer,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.intermediate_size,
-                feature_projection_input_dim=config.input_dim,
-                conv_depthwise_kernel_size=config.conv_kernel,
-                left_max_position_embeddings=config.left_positions,
-                right_max_position_embeddings=config.right_positions,
-                position_embeddings_type="relative_key",
-                hidden_dropout=0.0,
-                activation_dropout=0.0,
-                attention_dropout=0.0,
-                feat_proj_dropout=0.0,
-                conformer_conv_dropout=0.0,
-                layerdrop=0.0,
-            )
-        )
+        left_out = ("hidden", "activation", "attention", "feat_proj", "conformer_conv")
+        sizes = Wav2Vec2BertConfig(
+            vocab_size=None, hidden_size=config.hidden_size, num_hidden_layers=config.output_layer,
+            num_attention_heads=config.num_heads, intermediate_size=config.intermediate_size,
+            feature_projection_input_dim=config.input_dim, conv_depthwise_kernel_size=config.conv_kernel,
+            left_max_position_embeddings=config.left_positions, right_max_position_embeddings=config.right_positions,
+            position_embeddings_type="relative_key", layerdrop=0.0, **{f"{name}_dropout": 0.0 for name in left_out},
+        )  # fmt: skip
+        self.model = Wav2Vec2BertModel(sizes)
         for layer in quicken(self.model).encoder.layers:
             layer.self_attn.__class__, layer.conv_module.__class__ = _quicker()
         self.register_buffer("mean", torch.zeros(config.hidden_size), persistent=False)

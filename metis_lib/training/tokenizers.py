@@ -236,7 +236,7 @@ class SemanticTraining(Objective):
         self.codec, self.frozen, self.check = SemanticCodec(config), (frozen, head), check
         self.weights = {"recon_l1": 32.0, "vq": 1.0} | ({"phones": phones} if head is not None else {})
         self.weights |= {"sound": sound} if sound else {}
-        self.codec.track_usage()
+        self.codec.quantizer.track_usage()
 
     def _said(self, features: Tensor) -> Tensor:
         """What the phone head makes of normalised features ``[B, T, C]``: log-probabilities ``[B, T, 1 + V]``."""
@@ -335,7 +335,7 @@ class AcousticTraining(Objective):
         if decoder_only:
             self.codec.requires_grad_(False).decoder.model.requires_grad_(True)
         self.critics = Discriminators(discriminators) if discriminators else None
-        self.codec.track_usage(not decoder_only)
+        self.codec.decoder.quantizer.track_usage(not decoder_only)
         self.weights = {
             "mel": 10.0, "convergence": convergence, "vq": 1.0, "adversarial": 2.0, "features": 2.0, "critics": 1.0,
         }  # fmt: skip
@@ -367,7 +367,7 @@ class AcousticTraining(Objective):
         if self.dropout is not None and self.training:
             share, fewest, most = self.dropout
             layers = self.codec.draw_layers(len(wav), share=share, fewest=int(fewest), most=int(most))
-        elif self.decoder_only and self.training:  # as the codec's own pass draws them
+        elif self.training:
             layers = self.codec.draw_layers(len(wav))
         if self.decoder_only:
             with torch.no_grad():

@@ -390,7 +390,7 @@ def key_of(lab: Lab, arm: Arm) -> str:
     about = {name: once(system_hash, lab.system / name) for name in parts}
     settings = [asdict(arm.settings(lab)), lab.held_out, lab.pretraining]
     given = [{task: lab.passes(task) for task in arm.tasks}, once(record.sha256_file, lab.manifest)]
-    return record.sha256_of([asdict(arm), settings, about, given, code("models", "tasks", "training")])
+    return record.sha256_of([asdict(arm), settings, about, given, code("models", "tasks.py", "training")])
 
 
 def result_of(lab: Lab, arm: Arm) -> dict[str, Any] | None:

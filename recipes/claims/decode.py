@@ -103,7 +103,7 @@ def key_of(lab: Lab, name: str) -> str:
     defaults = lab.system / "decode.json"
     made_by += [record.sha256_file(defaults)] if defaults.is_file() else []
     made_by += [] if study.task else [once(record.sha256_file, lab.manifest)]  # probes draw from the corpus
-    made_by.append(code("models", "tokenizers", "tasks", "pipeline.py", "generation.py"))
+    made_by.append(code("models", "tokenizers", "tasks.py", "pipeline.py", "generation.py"))
     about = [name, study.task, study.variants, study.metrics, lab.seeds, lab.items, made_by, arms]
     return record.sha256_of([*about, once(_contents, testset_folder(lab.testset)) if study.task else probes.SETTINGS])
 

@@ -178,7 +178,7 @@ def resample(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
 
 def _samples(wav: Tensor | np.ndarray) -> np.ndarray:
     data = wav.detach().cpu().float().numpy() if isinstance(wav, Tensor) else np.asarray(wav, dtype=np.float32)
-    data = data.squeeze()
+    data = np.atleast_1d(data.squeeze())
     if data.ndim != 1:
         raise MetisError(f"a waveform has the shape [S], got {tuple(data.shape)}")
     if not np.isfinite(data).all():

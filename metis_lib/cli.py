@@ -174,9 +174,10 @@ class Generate(Command):
         from metis_lib.evaluation.record import MODEL_CODE, checkpoint_hashes, code_hash, task_files
 
         given = {key: value for key, value in self.item().items() if key not in ("source", "video", "text")}
-        items = bulk.read_items(self.TASK, source, given, self.output)
-        if self.output.is_file():
-            raise MetisError(f"{self.output} is a file; of many inputs the output is a folder")
+        out = self.output.expanduser()
+        items = bulk.read_items(self.TASK, source, given, out)
+        if out.is_file():
+            raise MetisError(f"{out} is a file; of many inputs the output is a folder")
         metis, began = self._metis(), time.monotonic()
         about: dict[str, Any] = {"model": self.model, "dtype": self.dtype, "compat": self.compat}
         about["variant"] = self.variant
@@ -192,12 +193,12 @@ class Generate(Command):
             _say(f"{done}/{total} {what} ({took:.0f} s, {took / done * (total - done):.0f} s to go)")
 
         found = bulk.generate_all(
-            metis, self.TASK, items, self.output, options=self._options(), seed=self.seed, suffix=f".{self.format}",
+            metis, self.TASK, items, out, options=self._options(), seed=self.seed, suffix=f".{self.format}",
             fresh=self.fresh, about=about, progress=show,
         )  # fmt: skip
-        lines = [f"{self.output}: {found['done']} made, {found['kept']} kept, {len(found['failed'])} failed"]
+        lines = [f"{out}: {found['done']} made, {found['kept']} kept, {len(found['failed'])} failed"]
         lines += [f"  {name}: {reason}" for name, reason in found["failed"].items()]
-        return Answer("\n".join(lines), {"output": str(self.output), **found}, 1 if found["failed"] else 0)
+        return Answer("\n".join(lines), {"output": str(out), **found}, 1 if found["failed"] else 0)
 
 
 class SE(Generate):
@@ -495,6 +496,8 @@ class Evaluate(Command):
         tasks = [task for task in self.tasks if task != "omni"]
         if not self.systems:
             return None
+        if not tasks:
+            raise MetisError("systems belong to tasks; omni stands for all its own: leave --systems out, or name tasks")
         for task in tasks:
             known_task(task)
         chosen: dict[str, list[str]] = {task: [] for task in tasks}

@@ -40,6 +40,8 @@ def test_read_averages_channels_and_resamples(tmp_path):
 def test_write_clips_and_never_normalises(tmp_path):
     audio.write(tmp_path / "a.wav", torch.tensor([0.1, 2.0, -3.0, 0.0]), 16000)
     assert audio.read(tmp_path / "a.wav", 16000).tolist() == pytest.approx([0.1, 1.0, -1.0, 0.0], abs=1e-4)
+    audio.write(tmp_path / "one.wav", torch.tensor([0.5]), 16000)
+    assert audio.read(tmp_path / "one.wav", 16000).tolist() == pytest.approx([0.5], abs=1e-4)
 
 
 def _bad_files(folder):

@@ -372,6 +372,11 @@ def test_systems_go_to_the_tasks_that_know_them():
         cli.Evaluate(systems=("noisy",))._systems()
 
 
+def test_systems_without_a_task_of_their_own_are_refused(capsys):
+    assert cli.main(["evaluate", "--tasks", "omni", "--systems", "nano"]) == 1
+    assert "leave --systems out" in capsys.readouterr().err
+
+
 def test_the_demo_prepares_judges_and_evaluates_everything(monkeypatch, tmp_path, capsys):
     fetched, asked = [], {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -302,8 +303,10 @@ def test_released_prompts_may_be_long(folder, io, monkeypatch):
             metis.voice("prompt.wav")
         monkeypatch.setattr(metis, "_phones", lambda *_: torch.zeros(1))
         monkeypatch.setattr(metis, "voice", lambda _: None)
+        told = SimpleNamespace(config=SimpleNamespace(use_phones=True))
+        monkeypatch.setattr(metis, "_held", lambda _, told=told: told)
         with pytest.raises(ZeroDivisionError):
-            metis._tse("mixture.wav", "prompt.wav", "words", "more words")
+            metis._tse("mixture.wav", "prompt.wav", "words", "more words", info={"task": "tse", "by": "omni"})
     assert heard == [LONGEST_INPUT, LONGEST_INPUT, 20.0, 30.0]
 
 

@@ -2,7 +2,7 @@
 
 A system is a folder of parts::
 
-    ssl/ semantic_codec/ acoustic_codec/ stage1/ stage2_layer1/ stage2_full/ tasks/<name>/
+    ssl/ semantic_codec/ acoustic_codec/ stage1/ stage2_layer1/ stage2_full/ lips/ tasks/<name>/
 
 A task is what fine-tuning added to stage 1: adapter, LoRA, phone embeddings.
 """

@@ -1,7 +1,7 @@
 """Configurations: one frozen dataclass per model, saved as JSON beside every checkpoint.
 
 A system is seven parts.  ``preset(name)`` gives the whole set for ``debug`` (random weights,
-seconds on a CPU, for tests), ``nano`` (all weights below 10 MB in bf16; ships with the repository) and
+seconds on a CPU, for tests), ``nano`` (39 MB in bf16; ships with the repository) and
 ``paper`` (published sizes; arXiv 2502.03128 section 4.1 and appendix A, arXiv 2409.00750 table 9).
 
 Axis letters used in the whole library: ``B`` batch, ``T`` frames at 50 Hz, ``Q`` codebooks,

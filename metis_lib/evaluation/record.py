@@ -1,4 +1,4 @@
-"""What a run writes besides its numbers: JSON, content hashes and provenance."""
+"""What a run writes besides its numbers, and how it is read again: JSON, content hashes and provenance."""
 
 from __future__ import annotations
 

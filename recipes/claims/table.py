@@ -30,8 +30,9 @@ VERDICTS = ("holds", "fails", "undecided")
 FOLDER = record.ROOT / "results" / "claims"
 COLOURS = {"holds": "#0173b2", "fails": "#d55e00", "undecided": "#949494"}
 """Seaborn's colour-blind palette; markers tell them apart too."""
-TRAINED = {"two-stages": "se-system-", "omni-arms": "tse-system-"}
-"""Studies that decode trainings, one a seed; how the id of the arm begins whose tokens are told."""
+TRAINED = {"two-stages": ("se-system-", min), "omni-arms": ("tse-system-", max)}
+"""Studies that decode trainings, one a seed: how the id of the arm begins whose tokens are told, and which, where the
+claims have trainings of two lengths."""
 
 
 class Effect(NamedTuple):
@@ -94,9 +95,8 @@ def effect_of(claim: Claim, results: Results, seeds: Sequence[int]) -> Effect:
     if claim.arms:
         return _of_arms(claim, results["arms"], seeds)
     name, metric, a, b = claim.study  # type: ignore[misc]
-    first = TRAINED.get(name)
-    # those of the longer trainings, where shorter ones are shown beside
-    tokens = max((arm["tokens"] for id, arm in results["arms"].items() if first and id.startswith(first)), default=0)
+    first, which = TRAINED.get(name, ("none", max))
+    tokens = which((arm["tokens"] for id, arm in results["arms"].items() if id.startswith(first)), default=0)
     return _of_rows(results["decode"][name], metric, a, b, tokens, trained=name in TRAINED)
 
 

@@ -510,6 +510,8 @@ class EvaluationBrowser(Panel):
         super().__init__()
         self.run, self.sounds, self.rows = Path(run), Path(run), dict[str, list[dict[str, Any]]]()
         self.summary = record.read_run(run).summary
+        if unknown := sorted(set(self.summary) - set(metrics.TASKS)):
+            raise MetisError(f"the run has the task {unknown[0]}; name its file in METIS_TASKS (docs/new_task.md)")
         tasks = [(metrics.TASKS[task]["title"], task) for task in self.summary]
         self.task = _field(widgets.Dropdown, "task", options=tasks)
         self.system, self.score = _field(widgets.Dropdown, "system"), _field(widgets.Dropdown, "by")

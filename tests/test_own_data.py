@@ -852,6 +852,18 @@ def test_a_list_with_a_column_called_recording_is_a_list(tmp_path: Path) -> None
     save(tmp_path / "a.wav", speech(0))
     (tmp_path / "list.jsonl").write_text(json.dumps({"path": "a.wav", "recording": "3"}) + "\n")
     assert len(build_manifest(tmp_path / "list.jsonl", tmp_path / "out").rows) == 1
+    (tmp_path / "out" / "facts.jsonl").write_text('{"id": "x"}\n[1]\n')  # odd lines of another version
+    save(tmp_path / "a.wav", speech(1))
+    assert len(build_manifest(tmp_path / "list.jsonl", tmp_path / "out").rows) == 1
+
+
+def test_cuts_with_a_path_somewhere_are_cuts(tmp_path: Path) -> None:
+    cut = {"id": "c", "start": 0.0, "duration": 1.0, "channel": 0, "type": "MonoCut", "custom": {"path": "x"}}
+    sources = [{"type": "file", "channels": [0], "source": str(save(tmp_path / "a.wav", speech(0)))}]
+    about = {"sampling_rate": 24000, "num_samples": len(speech(0)), "duration": len(speech(0)) / 24000}
+    cut |= {"recording": {"id": "r", "sources": sources, **about}, "supervisions": []}
+    (tmp_path / "cuts.jsonl").write_text(json.dumps(cut) + "\n")
+    assert [row.duration for row in build_manifest(tmp_path / "cuts.jsonl", tmp_path / "out").rows] == [1.0]
 
 
 def test_a_report_keeps_what_the_import_wrote(tmp_path: Path) -> None:

@@ -310,7 +310,7 @@ def test_bench_of_generation(capsys, tmp_path):
         assert task["step_agreement"] == 1.0 and task["reference_cpu_s"] > 0 and 0 < task["matmul_share"] < 1.5
         assert min(task["bf16_ratio"], task["fp32_ratio"], task["batch_gain"], task["rtf"]) > 0
         parts = {"ssl", "stage1", "stage2_layer1", "stage2_full", "acoustic_decode"}
-        for key in ("parts", "gflop", "share"):
+        for key in ("parts", "gflop", "share", "work_mb"):
             assert set(task[key]) == {"released", "fp32", "bf16"}
             assert all(set(values) >= parts for values in task[key].values())
         assert all(n > 0 for values in task["gflop"].values() for n in values.values())
@@ -329,7 +329,7 @@ def test_bench_of_tokenising(capsys, tmp_path):
     assert (tmp_path / "tokenise-debug.png").stat().st_size > 1000
     variants = {"released", *(f"{d} {how}" for d in ("float32", "bfloat16") for how in ("one by one", "batch"))}
     parts = {"read", "ssl", "semantic_codec", "acoustic_codec"}
-    for key in ("parts", "gflop", "share"):
+    for key in ("parts", "gflop", "share", "work_mb"):
         assert set(found[key]) == variants and all(set(values) == parts for values in found[key].values())
     for key in ("ratio", "ssl_ratio", "times_real_time", "matmul_share", "weights_mb"):
         assert set(found[key]) == variants and min(found[key].values()) > 0

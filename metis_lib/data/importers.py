@@ -233,8 +233,12 @@ def read_source(source: Path, notes: list[str]) -> list[Entry]:
         raise MetisError(f"{source}: no such folder or list; give a folder of recordings, a CSV, a JSONL or Lhotse")
     with open(source, "rb") as stream:
         head = stream.readline(4000)
-    cuts = b'"sources"' in head or b'"recording"' in head
-    if source.name.endswith(".jsonl.gz") or (cuts and b'"path"' not in head):
+    try:
+        first = json.loads(head)
+        cuts = "path" not in first and ("sources" in first or "recording" in first)
+    except (ValueError, TypeError):  # no JSON, or the beginning of a long line
+        cuts = b'"sources"' in head or b'"recording"' in head
+    if source.name.endswith(".jsonl.gz") or cuts:
         return list(lhotse_entries(source))
     if source.suffix.lower() not in (".csv", ".tsv", ".jsonl"):
         raise MetisError(f"{source}: give a folder, a .csv, .tsv or .jsonl list, or a Lhotse .jsonl.gz")

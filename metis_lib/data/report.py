@@ -172,7 +172,7 @@ def measure_all(
     try:
         lines = read_jsonl(part)
         write_jsonl(part, lines)  # without a last line that was cut short
-        lines = read_jsonl(cache) + lines
+        lines = [r for r in read_jsonl(cache) + lines if isinstance(r, dict) and isinstance(r.get("path"), str)]
     except (OSError, ValueError) as error:
         raise MetisError(f"{cache}: cannot be read and written ({error}); remove it or give another place") from None
 

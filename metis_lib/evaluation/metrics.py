@@ -6,7 +6,6 @@ A metric that cannot be computed raises :class:`MetricFailure` with a reason: ``
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import string
@@ -249,11 +248,13 @@ def pesq_wb(reference_16k: Wave, signal_16k: Wave, band: str = "wb") -> float:
         reason = error.args[0] if error.args else type(error).__name__
         reason = reason.decode() if isinstance(reason, bytes) else str(reason)
         raise MetricFailure(f"PESQ: {reason}") from error
-    unlike = False
-    with contextlib.suppress(MetricFailure):  # too short for STOI, which is no fault of PESQ
-        unlike = value > 3.0 and stoi(reference_16k, signal_16k) < 0.5
-    if unlike:
-        raise MetricFailure(f"PESQ: found no active speech to compare (it gave {value:.2f} at a STOI below 0.5)")
+    if value > 3.0:
+        try:
+            unlike = stoi(reference_16k, signal_16k) < 0.5
+        except MetricFailure:  # too short for STOI
+            unlike = si_sdr(reference_16k, signal_16k) < 0
+        if unlike:
+            raise MetricFailure(f"PESQ: found no active speech to compare (it gave {value:.2f} for what is not alike)")
     return value
 
 

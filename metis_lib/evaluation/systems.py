@@ -145,7 +145,7 @@ def load_items(testset: str | Path, task: str, limit: int | None = None) -> list
         for path in row.values():
             if isinstance(path, Path) and not path.is_file():
                 raise MetisError(f"the test set {folder.name} lacks {path.name} of item {row['id']}")
-        row["language"] = (row.get("language") or "en").lower().replace("_", "-").split("-")[0]
+        row["language"] = str(row.get("language") or "en").lower().replace("_", "-").split("-")[0]
         known = {key: row[key] for key in Item.__dataclass_fields__ if row.get(key)}
         extra = {key: value for key, value in row.items() if key not in Item.__dataclass_fields__}
         items.append(Item(**known | {"extra": extra}))

@@ -9,9 +9,9 @@ CPU seconds (of seconds on a GPU).  Decoding steps cost the same each, so a part
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
-import platform
 import re
 import tempfile
 import time
@@ -30,7 +30,6 @@ from torch import Tensor
 
 from metis_lib.config import AUDIO_RATE, FRAME_RATE, preset
 from metis_lib.errors import MetisError
-from metis_lib.evaluation.record import peak_memory
 from metis_lib.generation import RELEASED_STEPS, run
 from metis_lib.models import masked, stage1, transformer
 from metis_lib.pipeline import Metis, pick_device
@@ -88,7 +87,8 @@ def count_flops() -> Any:
 
 class Clock:
     """Seconds of the parts of a system, as the device counts them (CPU seconds, or wall seconds of a GPU), and wall
-    seconds; where it is ``counting`` (slower), floating-point operations instead."""
+    seconds; where it is ``counting`` (slower), also floating-point operations and the memory that a part took for its
+    work, beside what was held before."""
 
     PARTS = {
         "ssl": ("ssl", "encode"), "semantic": ("semantic", "quantize"), "acoustic_encode": ("acoustic", "encode"),
@@ -98,7 +98,7 @@ class Clock:
 
     def __init__(self, device: torch.device, counting: bool = False) -> None:
         self.device, self.counting = device, counting
-        self.took, self.wall, self.flops = (dict[str, float]() for _ in range(3))
+        self.took, self.wall, self.flops, self.bytes = (dict[str, float]() for _ in range(4))
 
     def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """``call`` with its time written down."""
@@ -107,8 +107,11 @@ class Clock:
             self.wait()
             if self.counting:
                 with count_flops() as counter:
+                    held = self.memory(fresh=True)
                     out = call(*args, **more)
+                    self.wait()
                 self.flops[name] = self.flops.get(name, 0.0) + counter.get_total_flops()
+                self.bytes[name] = max(self.bytes.get(name, 0.0), self.memory() - held)
                 return out
             cpu, wall = time.process_time(), time.perf_counter()
             out = call(*args, **more)
@@ -124,6 +127,20 @@ class Clock:
         """Until the device has done what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def memory(self, fresh: bool = False) -> int:
+        """The most bytes since the last ``fresh``: of tensors on CUDA, of the process on a CPU (Linux, else 0)."""
+        if self.device.type == "cuda":
+            if fresh:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return torch.cuda.max_memory_allocated(self.device)
+        with contextlib.suppress(OSError, AttributeError, StopIteration):
+            if fresh:
+                ctypes.CDLL(None).malloc_trim(0)  # memory that was freed, but not given back, would hide what is taken
+                Path("/proc/self/clear_refs").write_text("5")
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        return 0
 
     @contextlib.contextmanager
     def watch(self, metis: Metis, task: str) -> Iterator[None]:
@@ -158,9 +175,12 @@ def systems(preset_name: str, task: str, device: torch.device, compile: bool = F
         found[name].load_task(task)
     slim = Metis(Random(preset_name, device=device), device)
     deep = found["released"]
-    parts = {"stage1", *(at for at, _ in Clock.PARTS.values())}
-    vars(slim).update({part: value for part, value in vars(deep).items() if part in parts})
+    vars(slim).update({part: value for part, value in vars(deep).items() if part in Clock.PARTS or part == "stage1"})
     slim._task_models = deep._task_models
+    if "acoustic_decoder" in vars(deep):
+        slim.acoustic_decoder = deep.acoustic_decoder
+    if "acoustic" in vars(deep):
+        slim.acoustic = deep.acoustic
     slim._asked = dict(deep._asked)
     slim.ssl = Random(preset_name, device=device).part("ssl").to(device)  # type: ignore[assignment]
     slim.ssl.model.encoder.layers = deep.ssl.model.encoder.layers[: slim.ssl.config.output_layer]
@@ -222,11 +242,10 @@ def together(
         ``matmul_share`` (operations by ``rate``) and ``peak_mb``, the most memory that was held at once, weights too
         (on a CPU the process's); or ``error``, where memory ran out.
     """
-    clocks, gpu = [], metis.device.type == "cuda"
+    clocks, memory = [], Clock(metis.device)
     try:
         counted, steps = once(metis, task, item, False, batch, counting=True)
-        if gpu:
-            torch.cuda.reset_peak_memory_stats(metis.device)
+        memory.memory(fresh=True)
         for _ in range(repeats + 1):
             clock, more = once(metis, task, item, full, batch)
             clocks.append(clock)
@@ -239,12 +258,11 @@ def together(
     parts = {part: median(c.took[part] for c in clocks) * more.get(part, 1.0) for part in clocks[0].took}
     wall = median(sum(value * more.get(part, 1.0) for part, value in c.wall.items()) for c in clocks)
     flop = sum(value * steps.get(part, 1.0) for part, value in counted.flops.items())
-    held = torch.cuda.max_memory_allocated(metis.device) if gpu else peak_memory()["peak_memory_bytes"]
     say(f"{batch} together: {batch / wall:.2f} a second")
     return {
         "seconds": round(sum(parts.values()), 4), "wall_s": round(wall, 4), "utterances_per_s": round(batch / wall, 4),
         "matmul_share": round(flop / rate / sum(parts.values()), 4),
-        "peak_mb": round(held / 1e6, 1), "parts": {part: round(took, 4) for part, took in parts.items()},
+        "peak_mb": round(memory.memory() / 1e6, 1), "parts": {part: round(took, 4) for part, took in parts.items()},
     }  # fmt: skip
 
 
@@ -309,14 +327,14 @@ def measure(
         rates: of matrix products, for each variant, in FLOP a second.
 
     Returns:
-        By variant and part: ``parts`` (median seconds), ``gflop`` and ``share`` (of the rate of matrix products); by
-        variant ``wall_s``, the median of all parts together.
+        By variant and part: ``parts`` (median seconds), ``gflop``, ``share`` (of the rate of matrix products) and
+        ``work_mb`` (memory for the work); by variant ``wall_s``, the median of all parts together.
     """
     if repeats < 1:
         raise MetisError(f"repeats must be at least 1, not {repeats}")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     walls: dict[str, list[float]] = {name: [] for name in variants}
-    flops: dict[str, dict[str, float]] = {}
+    flops, work = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
     for turn in range(repeats + 1):
         for name, go in variants.items():
             clock, more = go(not turn)
@@ -326,6 +344,7 @@ def measure(
                 say(f"{name}: {sum(runs[name][-1].values()):.2f} s")
             else:
                 flops[name] = {part: value * more.get(part, 1.0) for part, value in clock.flops.items()}
+                work[name] = {part: round(value / 1e6, 1) for part, value in clock.bytes.items()}
     parts = {name: {part: median(run[part] for run in turns) for part in turns[0]} for name, turns in runs.items()}
     return {
         "parts": {name: {part: round(took, 4) for part, took in found.items()} for name, found in parts.items()},
@@ -334,15 +353,21 @@ def measure(
             name: {part: round(flops[name][part] / rates[name] / took, 4) for part, took in found.items()}
             for name, found in parts.items()
         },
-        "wall_s": {name: round(median(found), 4) for name, found in walls.items()},
+        "work_mb": work, "wall_s": {name: round(median(found), 4) for name, found in walls.items()},
     }  # fmt: skip
 
 
-def weights_mb(*parts: Any) -> float:
-    """Megabytes of the weights of those that are nets, shared ones once."""
-    nets = (part for part in parts if isinstance(part, torch.nn.Module))
-    sizes = {p.data_ptr(): p.nbytes for net in nets for p in net.parameters()}
+def weights_mb(*parts: torch.nn.Module) -> float:
+    """Megabytes of the weights of some parts, shared ones once."""
+    sizes = {p.data_ptr(): p.nbytes for part in parts for p in part.parameters()}
     return round(sum(sizes.values()) / 1e6, 1)
+
+
+@contextlib.contextmanager
+def _order(name: str) -> Iterator[None]:
+    """The order of operations of a variant."""
+    with as_released() if name == "released" else contextlib.nullcontext():
+        yield
 
 
 @torch.no_grad()
@@ -383,7 +408,7 @@ def bench_generate(
         rates = {name: half if name in ("bf16", "compiled") else single for name in found}
 
         def run(name: str, counting: bool) -> tuple[Clock, dict[str, float]]:
-            with as_released() if name == "released" else contextlib.nullcontext():
+            with _order(name):
                 return once(found[name], task, item, full, counting=counting)  # noqa: B023
 
         variants = {name: partial(run, name) for name in (*VARIANTS, *(["compiled"] if compile else []))}
@@ -407,10 +432,17 @@ def bench_generate(
                 )
                 for n in sorted(set(batches))
             },
-            "weights_mb": {n: weights_mb(*vars(m).values(), m.task_model(task)) for n, m in found.items()},
+            "weights_mb": {
+                name: weights_mb(*(m for m in (*vars(metis).values(), metis.task_model(task)) if _is_net(m)))
+                for name, metis in found.items()
+            },
             **values, "gflops_per_s": {"fp32": round(single / 1e9, 1), "bf16": round(half / 1e9, 1)}, "about": about,
         }  # fmt: skip
     return out
+
+
+def _is_net(part: Any) -> bool:
+    return isinstance(part, torch.nn.Module)
 
 
 def _about(device: torch.device, **asked: Any) -> dict[str, Any]:
@@ -423,13 +455,14 @@ def _about(device: torch.device, **asked: Any) -> dict[str, Any]:
 @torch.no_grad()
 def bench_tokenise(
     preset_name: str = "paper", *, seconds: float = 5.0, batch: int = 8, repeats: int = 3, device: str = "auto",
+    dtypes: Sequence[str] = ("float32", "bfloat16"), acoustic: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure how fast recordings become tokens, by the functions of ``metis prepare tokens``.
 
     ``batch`` recordings of ``seconds`` of noise are read, resampled, and their filterbanks, SSL features, SSL tokens
-    and acoustic tokens computed: in the released order of operations (24 layers, fp32, one by one), and in fp32 and
-    bf16 one by one and in a batch.
+    and acoustic tokens computed: in the released order of operations (24 layers, fp32, one by one), and for each dtype
+    one by one and in a batch.
 
     Returns:
         By variant ``ratio`` (how many times less time than the released order), ``ssl_ratio`` (of the SSL encoder
@@ -440,22 +473,30 @@ def bench_tokenise(
     from metis_lib.data import shards
     from metis_lib.data.store import Row
 
-    where, sizes, dtypes = pick_device(device), preset(preset_name), ("float32", "bfloat16")
-    if batch < 1 or not shards.LIMITS["min_seconds"] <= seconds <= shards.LIMITS["max_seconds"]:
-        raise MetisError("batch is at least 1, seconds lie in 0.2..60")
+    where = pick_device(device)
+    wrong = set(dtypes) - {"float32", "bfloat16"}
+    if wrong or not dtypes or batch < 1 or not shards.LIMITS["min_seconds"] <= seconds <= shards.LIMITS["max_seconds"]:
+        raise MetisError("dtypes are float32 and bfloat16, batch is at least 1, seconds lie in 0.2..60")
+    sizes = preset(preset_name)
     released = {name: Random(preset_name, device=where).part(name).to(where) for name in ("semantic", "acoustic")}
     released["ssl"] = Sharing(preset_name, torch.float32, where).part("ssl").to(where)
     slim: Any = Random(preset_name, device=where).part("ssl").to(where)
     slim.model.encoder.layers = released["ssl"].model.encoder.layers[: sizes.ssl.output_layer]  # type: ignore[union-attr, index]
-    small = Random(preset_name, torch.bfloat16, device=where)
-    half = {name: small.part(name).to(where, torch.bfloat16) for name in released}
-    sets = {"released": released, "float32": released | {"ssl": slim}, "bfloat16": half}
+    sets = {"released": released, "float32": released | {"ssl": slim}}
+    if "bfloat16" in dtypes:
+        sets["bfloat16"] = {
+            name: Random(preset_name, torch.bfloat16, device=where).part(name).to(where, torch.bfloat16)
+            for name in released
+        }
     for models in sets.values():
         for model in models.values():
             freeze(model)
-    rows_of, width = round(seconds * FRAME_RATE), sizes.ssl.hidden_size
-    rate = {d: product_rate(where, getattr(torch, d), rows_of, width) for d in dtypes}
-    rate["released"] = rate["float32"]
+    rate = {
+        d: product_rate(where, getattr(torch, d), round(seconds * FRAME_RATE), sizes.ssl.hidden_size) for d in dtypes
+    }
+    rate["released"] = rate.get("float32") or product_rate(
+        where, torch.float32, round(seconds * FRAME_RATE), sizes.ssl.hidden_size
+    )
     with tempfile.TemporaryDirectory() as folder:
         rows, noise = [], torch.Generator().manual_seed(0)
         for i in range(batch):
@@ -466,10 +507,11 @@ def bench_tokenise(
 
         def run(of: str, size: int, counting: bool) -> tuple[Clock, dict[str, float]]:
             clock, models = Clock(where, counting), {f"{n}_codec" if n != "ssl" else n: m for n, m in sets[of].items()}
+            if not acoustic:
+                del models["acoustic_codec"]
             calls = {"ssl": "forward", "semantic_codec": "quantize", "acoustic_codec": "encode"}
             with contextlib.ExitStack() as stack:
-                if of == "released":
-                    stack.enter_context(as_released())
+                stack.enter_context(_order(of))
                 for name, model in models.items():
                     timed = clock.timed(name, getattr(model, calls[name]))
                     stack.enter_context(mock.patch.object(model, calls[name], timed))
@@ -509,9 +551,13 @@ def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)$", about.read_text(), re.M) if about.is_file() else None
-    return found[1] if found else platform.processor() or platform.machine()
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
@@ -528,8 +574,7 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
     path = folder / f"{name}.json"
     write_text(path, json.dumps(found, indent=1) + "\n")
     most = max(len(values["parts"]) for values in found.values())
-    good = {title: [(n, b) for n, b in v.get("batches", {}).items() if "error" not in b] for title, v in found.items()}
-    batched = {title: rows for title, rows in good.items() if rows}
+    batched = {title: good for title, values in found.items() if (good := _measured(values.get("batches", {})))}
     size = (max(4.2, 1.3 * most) * len(found), 3.2 * (1 + bool(batched)))
     figure, axes = plt.subplots(1 + bool(batched), len(found), figsize=size, squeeze=False)
     names = list(dict.fromkeys(p for values in found.values() for parts in values["parts"].values() for p in parts))
@@ -550,6 +595,11 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
     write_figure(path.with_suffix(".png"), figure)
     plt.close(figure)
     return path
+
+
+def _measured(batches: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Those that the memory sufficed for."""
+    return [(n, values) for n, values in batches.items() if "error" not in values]
 
 
 def title_of(preset_name: str, about: Mapping[str, Any]) -> str:

@@ -113,7 +113,9 @@ def run_next(
     except filelock.Timeout:
         raise MetisError(f"process {pid.read_text()} works on {entry['model']} already") from None
     write_text(pid, str(os.getpid()))
-    run = job.out / "runs" / entry["model"]
+    run, now = job.out / "runs" / entry["model"], read(path)
+    if now["pieces"][number:][:1] == [entry]:  # another model may have begun to train meanwhile
+        queue, entry = now, now["pieces"][number]
     if entry.get("state", "todo") == "todo":  # states of an earlier piece of this model are not its own
         shutil.rmtree(run, ignore_errors=True)
         if entry.get("anew"):  # of another rank, say
@@ -134,7 +136,7 @@ def run_next(
     }
     places = [
         i for i, e in enumerate(queue["pieces"])
-        if e.get("state") == "part" and asked == {key: value for key, value in e.items() if key in asked}
+        if e.get("state") != "done" and asked == {key: value for key, value in e.items() if key in asked}
     ]  # fmt: skip
     entry |= outcome(found)
     if not places:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -244,10 +243,11 @@ def generate_all(
                 continue
             entry = {"key": key, "output": path.relative_to(out).as_posix(), "sha256": sha256_file(path)}
             entry |= {"seconds": round(speech.seconds, 4), "seconds_to_make": round(share * speech.seconds, 3)}
-            found: dict[str, float] = {}
-            with contextlib.suppress(MetisError, RuntimeError):  # a bad reference is no fault of the speech
-                found = measure(item, job)
-            note(item, entry | ({"measured": found} if found else {}) | speech.info)
+            try:
+                entry |= {"measured": found} if (found := measure(item, job)) else {}
+            except (MetisError, RuntimeError) as error:  # a bad reference, which is no fault of the speech
+                entry["not_measured"] = " ".join(str(error).split())
+            note(item, entry | speech.info)
             done += 1
 
     def work(jobs: Named, settings: Options) -> None:

@@ -80,6 +80,8 @@ def test_what_cannot_be_measured_is_speech_all_the_same(sounds, tmp_path):
     )  # fmt: skip
     assert found["done"] == 2 and not found["failed"]
     assert {line["id"] for line in lines(tmp_path / "out") if "measured" in line} == {"a"}
+    reasons = {line["id"]: line.get("not_measured") for line in lines(tmp_path / "out")}
+    assert reasons == {"a": None, "b": "its clean recording is silent"}
 
 
 def test_manifests_for_every_task(sounds, tmp_path):

@@ -323,12 +323,9 @@ def stated_path(path: str | Path, out: Path) -> str:
 
 def _clean(entry: Entry, out: Path) -> Entry:
     """An entry with values of the right types and an id; with ``reason`` where that is not possible."""
-    row: Entry = {k: " ".join(str(v).encode("utf-8", "replace").decode().split()) for k, v in entry.items()}
-    row |= {
-        k: stated_path(str(entry[k]).encode("utf-8", "replace").decode(), out)
-        for k in ("path", "video")
-        if k in entry and "reason" not in entry
-    }
+    plain = {k: str(v).encode("utf-8", "replace").decode() for k, v in entry.items()}  # JSON may hold half a character
+    row: Entry = {k: " ".join(v.split()) for k, v in plain.items()}
+    row |= {k: stated_path(plain[k], out) for k in ("path", "video") if k in plain and "reason" not in plain}
     row["human"] = row.get("human", "true").lower() in ("true", "1", "yes")
     try:
         row |= {k: float(entry[k]) if entry.get(k) is not None else None for k in ("start", "end")}

@@ -181,8 +181,10 @@ def measure_all(
         stat = (root / path).stat() if os.path.isfile(root / path) else None
         return (stat.st_size, stat.st_mtime_ns) if stat else (-1, 0)
 
-    told = {tuple(r.get(k) for k in fields): {k: r.pop(k) for k in ("id", "warnings") if k in r} for r in lines}
-    known = {tuple(r.get(k) for k in fields): r for r in lines}
+    told, known = {}, {}  # what an import wrote beside the facts, and the facts
+    for row in lines:
+        key = tuple(row.get(k) for k in fields)
+        told[key], known[key] = {k: row.pop(k) for k in ("id", "warnings") if k in row}, row
     keys = [(path, start, end, *stamp(path)) for path, start, end in items]
     todo: dict[str, list[Any]] = defaultdict(list)
     for key in dict.fromkeys(keys):

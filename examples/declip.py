@@ -1,13 +1,12 @@
 """A sixth task in one file: clipped recordings in, whole ones out (docs/new_task.md).
 
-export METIS_TASKS=examples/declip.py
+export METIS_TASKS=$PWD/examples/declip.py
 metis train finetune --task declip --data ~/.cache/metis/corpora/nano/manifest.jsonl --out runs/declip
 metis generate declip --model runs/declip --input clipped.wav --output whole.wav
 python examples/declip.py runs/test; metis evaluate --tasks declip --testset runs/test --model runs/declip
 """
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -40,6 +39,7 @@ def simulate(u, generator, sources, params):
 def make_testset(out: Path, source: str = "human") -> None:
     """The clean recordings of a test set, clipped."""
     from metis_lib import audio
+    from metis_lib.data.store import write_jsonl
     from metis_lib.evaluation.systems import load_items
 
     rows = []
@@ -49,10 +49,12 @@ def make_testset(out: Path, source: str = "human") -> None:
         audio.write(out / f"{item.id}-clipped.flac", clip(wav, np.random.default_rng((7, i)))[0], 24_000)
         row = {"id": item.id, "task": "declip", "speaker": item.speaker, "text": item.text}
         rows.append(row | {"clean": f"{item.id}.flac", "noisy": f"{item.id}-clipped.flac"})
-    (out / "manifest.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_jsonl(out / "manifest.jsonl", rows)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("say where the test set goes: python examples/declip.py FOLDER")
     make_testset(Path(sys.argv[1]))
 elif "declip" not in tasks.TASKS:  # METIS_TASKS may have named this file already
     declip = dataclasses.replace(tasks.TASKS["se"], name="declip", title="De-clipping", like="se", simulate=simulate)

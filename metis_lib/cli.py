@@ -516,7 +516,7 @@ class Evaluate(Command):
 
 
 class Demo(Command):
-    """Fetch the judges, evaluate everything on the human test set, print the tables."""
+    """Fetch the judges, evaluate codec, enhancement and text to speech on the human set, print the tables."""
 
     out: Path = Path("results/demo")  # Folder of the run.
 
@@ -558,7 +558,6 @@ class Training(Command):
     warmup: int | None = None  # Steps of linear warm-up.
     frames: int | None = None  # Padded frames (50 a second) of a batch on one process; lower it when memory runs out.
     accumulate: int | None = None  # Batches a step.
-    ema: float | None = None  # Decay of averaged weights; 0 for none.
     precision: Literal["bf16-mixed", "32-true"] | None = None  # Of the arithmetic.
     checkpointing: bool = False  # Recompute activations: less memory, a third more work.
     compile: bool = False  # torch.compile the nets.
@@ -570,7 +569,6 @@ class Training(Command):
     resume: bool = False  # Go on, bit for bit, with a run that was stopped: what happens anyway unless --fresh is said.
     fresh: bool = False  # Forget a run that was stopped or finished, and begin anew from the weights.
     device: str = "auto"  # auto, cpu, cuda, cuda:1 or mps.
-    strategy: str = "auto"  # Of Lightning Fabric, under torchrun: ddp, fsdp, ...
 
     def _settings(self, model: str, preset_name: str) -> Any:
         from metis_lib.training.recipes import settings_for
@@ -579,7 +577,7 @@ class Training(Command):
             raise MetisError("say --resume or --fresh, not both")
         if self.workers < 0:
             raise MetisError(f"workers must not be negative, got {self.workers}")
-        names = ("steps", "lr", "warmup", "frames", "accumulate", "ema", "precision", "validate_every")
+        names = ("steps", "lr", "warmup", "frames", "accumulate", "precision", "validate_every")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         switches = {"checkpointing": self.checkpointing, "compile": self.compile, "seed": self.seed}
         return settings_for(model, preset_name, **given, **switches)
@@ -608,9 +606,7 @@ class TrainPart(Training):
             self.model, sizes(self.out, self.preset), self.out, self._settings(self.model, self.preset), self.data,
             self.shards, self.mode, self.rank, options, self.workers,
         )  # fmt: skip
-        scores = train(
-            job, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy, say=_say
-        )
+        scores = train(job, budget=self.budget, resume=not self.fresh, device=self.device, say=_say)
         return _trained(self.model, self.out, scores)
 
 
@@ -642,8 +638,7 @@ class FineTune(Training):
         scores = finetune(
             self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
             settings=self._settings(self.task, like), shorten=self.steps is None, validate_every=self.validate_every,
-            keep=self.keep, budget=self.budget, resume=not self.fresh, device=self.device, strategy=self.strategy,
-            say=_say,
+            keep=self.keep, budget=self.budget, resume=not self.fresh, device=self.device, say=_say,
         )  # fmt: skip
         return _trained(self.task, self.out, scores)
 
@@ -1120,6 +1115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse(arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
+    except MetisError as error:  # of a file that METIS_TASKS names
+        _say(f"metis: {error}")
+        return 2
     try:
         _refuse_twice(command, arguments)
         with _chatter_on_stderr():

@@ -13,6 +13,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,18 @@ def prepare_noise(
     folder, out = Path(folder).expanduser(), Path(out).expanduser()
     name = name or folder.resolve().name
     rows: list[dict[str, Any]] = []
-    refused, seconds = dict[str, str](), defaultdict[str, float](float)
+    refused, seconds, taken = dict[str, str](), defaultdict[str, float](float), set[str]()
     for path in recordings(folder, limit, seed) if files is None else files:
         place = path.relative_to(folder)
-        stem = id_of(place)
+        short = id_of(place)
+        stem = next(s for n in count() if (s := f"{short}-{n}" if n else short) not in taken)
         try:
             wav = level(audio.read(path, AUDIO_RATE, min_seconds=0.3).numpy(), NOISE_DB)
         except MetisError as error:
             refused[place.as_posix()] = str(error).removeprefix(str(path)).strip(" :")
             continue
         audio.write(out / "noise" / name / f"{stem}.flac", wav, AUDIO_RATE)
+        taken.add(stem)
         group, duration = (place.parent.as_posix() if by_folder else stem), len(wav) / AUDIO_RATE
         seconds[group] += duration
         rows.append({
@@ -250,7 +253,7 @@ def film_sound(film: Path, to: Path) -> Path:
             mono = av.AudioResampler(format="flt", layout="mono", rate=rate)
             pieces = [f.to_ndarray()[0] for frame in container.decode(audio=0) for f in mono.resample(frame)]
     except (av.FFmpegError, IndexError, OSError) as error:
-        raise MetisError(f"the film has no sound that can be read ({error})") from None
+        raise MetisError(f"{film}: no sound that can be read ({error})") from None
     audio.write(to, np.concatenate([np.zeros(0, np.float32), *pieces]), rate)
     return to
 

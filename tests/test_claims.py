@@ -460,7 +460,7 @@ def test_where_trainings_are_decoded_the_interval_is_over_trainings(lab):
     results = {"arms": trained, "decode": {"two-stages": rows, "guidance-vc": rows}}
     effect = table.effect_of(claim, results, lab.seeds)
     assert effect.mean == pytest.approx(0.2) and effect.high - 0.2 == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-4)
-    assert (effect.seeds, effect.tokens, effect.n, effect.n_failed) == (3, 90, 26, 1)
+    assert (effect.seeds, effect.tokens, effect.n, effect.n_failed) == (3, 900, 26, 1)
     same = replace(claim, study=("guidance-vc", "wer", "direct", "two stages"))
     assert table.effect_of(same, results, lab.seeds).high < 0.25  # one system: its seeds are averaged
     assert set(table.TRAINED) == {name for name, study in decode.studies(lab).items() if study.arms}
@@ -507,9 +507,8 @@ def test_some_claims_compare_longer_arms_and_show_the_shorter_ones_beside():
     assert {arm.budget(lab) for arm in claim.arms} == {3_000_000} and {a.budget(lab) for a in claim.also} == {256_000}
     assert claim.arms[0].id == "tts-none-full-10h-longer-s0"
     plain = Lab.of("ablate", tokens=20_000)  # asked for: the length of all arms
-    shorter = {one.id for one in all_claims(lab) if not all(arm.longer for arm in one.arms)}
-    shorter |= {name for name, study in decode.studies(lab).items() if not all(arm.longer for arm in study.arms)}
-    assert shorter == {"prompts-in-pretraining-vc", "two-stages"}  # all others have the 3 M that were asked for
+    compared = [arm for one in (*all_claims(lab), *decode.studies(lab).values()) for arm in one.arms]
+    assert len(compared) > 50 and all(arm.longer for arm in compared)  # the 3 M that were asked for
     budgets = {a.budget(plain) for c in all_claims(plain) for a in c.arms if a.task == "tts" and a.base == "system"}
     assert budgets == {20_000}
 
@@ -571,6 +570,32 @@ def test_the_page_shows_the_committed_table_where_it_is_whole(tmp_path, monkeypa
     assert called("--out", str(tmp_path / "elsewhere")) == 0
     made["rows"] = rows[:-1]
     assert called() == 0 and len(pages) == 1
+
+
+def test_other_seeds_have_a_table_too(lab, monkeypatch):
+    other = replace(lab, seeds=(1, 2, 3))
+    claim, results = measured(other, {1: 0.10, 2: 0.14, 3: 0.12})
+    for arm in results["arms"].values():
+        arm["hours_used"] = {"se": 0.01}
+    assert table.rows_of(other, results, only=claim.id)[0]["hours_at_hand"] == [0.01, 0.01]
+
+
+def test_other_settings_do_not_take_the_place_of_the_usual_measurements(monkeypatch, tmp_path):
+    labs = []
+    monkeypatch.setattr(__main__.queue, "sheet", lambda lab, *_: labs.append(lab) or "")
+    for more in ((), ("--tokens", "5000"), ("--lr", "0.1"), ("--tokens", "5000", "--home", str(tmp_path))):
+        monkeypatch.setattr("sys.argv", ["claims", "list", *more])
+        assert __main__.main() == 0
+    homes = [lab.home for lab in labs]
+    assert homes[0] == Lab.of().home and homes[3] == tmp_path and len(set(homes)) == 4
+    assert homes[1].parent == homes[0].parent and homes[1].name.startswith("claims-")
+
+
+def test_hours_are_those_of_recordings(lab):
+    from recipes.claims.arms import first, hours_of
+
+    ids, lengths = ["a", "a", "b", "b", "c"], np.array([90_000, 90_000, 180_000, 180_000, 0])
+    assert hours_of(ids, lengths) == pytest.approx(1.5) and hours_of(ids, first(ids, lengths, hours=1.2)) <= 1.2
 
 
 def test_the_figure_and_what_notebooks_show(lab, tmp_path):

@@ -82,6 +82,12 @@ def test_a_missing_file_is_named() -> None:
         load("nowhere.py")
 
 
+def test_a_missing_file_ends_commands_in_one_line(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setenv("METIS_TASKS", str(tmp_path / "gone.py"))
+    found = subprocess.run([sys.executable, "-m", "metis_lib", "doctor"], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 2 and found.stderr.count("\n") == 1 and "gone.py" in found.stderr
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_the_example_can_be_imported_wherever_it_is_named(named: bool) -> None:
     environment = {**os.environ, "METIS_TASKS": str(FILE) if named else ""}

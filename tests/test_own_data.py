@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from metis_lib import audio
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data import importers, report, simulate, store
 from metis_lib.data.importers import build_manifest
@@ -72,7 +73,7 @@ def test_folder_with_texts_beside(tmp_path: Path) -> None:
     (recs / "anna" / "notes.pdf").write_bytes(b"x")
     found = build_manifest(recs, tmp_path / "out", language="en", licence="CC0")
     assert not found.refused
-    rows = {row.id: row for row in store.read_manifest(found.manifest, check_files=True)}
+    rows = {row.id: row for row in store.read_manifest(found.manifest)}
     assert {i: r.speaker for i, r in rows.items()} == {
         "anna-one": "anna", "ben-wavs-two": "ben", "three": "recs", "anna-four": "anna"
     }  # fmt: skip
@@ -446,6 +447,14 @@ def test_demand_and_a_folder_of_noise_load_as_noise(tmp_path: Path) -> None:
     assert {r["id"].split("-")[1] for r in rows if r["split"] == "test"} & {
         r["id"].split("-")[1] for r in rows if r["split"] == "train"
     } == set(), "a place is in one split"
+    alike = tmp_path / "alike"
+    for n, name in enumerate(("rain (1).wav", "rain [1].wav", "rain-1-.flac")):
+        save(alike / name, noise(20 + n, 1 + n), 16000)
+    public.prepare_noise(alike, tmp_path / "other", licence="CC0")
+    rows = store.read_jsonl(tmp_path / "other" / "noise.jsonl")
+    assert len({r["id"] for r in rows}) == len({r["path"] for r in rows}) == 3, "none takes another's place"
+    heard = [len(audio.read(tmp_path / "other" / r["path"], AUDIO_RATE)) / AUDIO_RATE for r in rows]
+    assert heard == pytest.approx([r["duration"] for r in rows], abs=0.01)
     own = tmp_path / "street noise"
     save(own / "car 1.flac", np.stack([noise(7, 2)] * 2, axis=1), 44100)
     save(own / "deep" / "er" / "dog.ogg", noise(8, 2), 16000, format="OGG", subtype="VORBIS")
@@ -575,7 +584,7 @@ def test_lrs2_follows_its_lists(tmp_path: Path) -> None:
         ("lrs2-main/5535415699068794046/00001", "train"), ("lrs2-main/6330311066473698535/00011", "test"),
         ("lrs2-pretrain/222/00001", "train"),
     }  # fmt: skip
-    row = store.read_manifest(found.manifest, check_files=True)[0]
+    row = store.read_manifest(found.manifest)[0]
     assert row.text == "when you're cooking chips" and row.speaker == "lrs2-5535415699068794046"
     assert row.video and (row.root / row.video).resolve() == root / "main" / "5535415699068794046" / "00001.mp4"
     wav, rate = soundfile.read(row.audio)

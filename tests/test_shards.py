@@ -17,7 +17,7 @@ import pytest
 import soundfile
 import torch
 
-from metis_lib.data.shards import Shards, key_of, stream, tokenise
+from metis_lib.data.shards import Shards, key_of, tokenise
 from metis_lib.data.store import read_manifest, write_jsonl
 from metis_lib.errors import MetisError
 from metis_lib.pipeline import Metis
@@ -358,25 +358,6 @@ def test_webdataset_reads_them(made: Path) -> None:
         assert unquote(sample["__key__"]) == record["id"] and sample["json"] == record
         np.testing.assert_array_equal(sample["tokens.npy"], tokens)
         np.testing.assert_array_equal(sample["features.npy"], features)
-
-
-def test_the_stream_is_fixed_by_its_seed_and_split_over_ranks(made: Path) -> None:
-    def ids(**order: int) -> list[str]:
-        return [item[0]["id"] for item in stream(made, **order)]
-
-    whole = [Shards(made)[i][0]["id"] for i in range(24)]
-    epoch = ids(seed=1, epoch=0, buffer=7)
-    assert epoch == ids(seed=1, epoch=0, buffer=7) and sorted(epoch) == sorted(whole) and epoch != whole
-    assert len({tuple(epoch), tuple(ids(seed=1, epoch=1, buffer=7)), tuple(ids(seed=2, epoch=0, buffer=7))}) == 3
-    ranks = [ids(seed=1, epoch=0, rank=rank, world=2, buffer=7) for rank in range(2)]
-    assert all(ranks) and sorted(ranks[0] + ranks[1]) == sorted(whole)
-    # With a buffer of one, shards come whole and in their own order.
-    plain = ids(seed=1, buffer=1)
-    starts = [whole.index(plain[at]) for at in range(24) if not at or whole.index(plain[at]) % 5 == 0]
-    assert sorted(starts) == [0, 5, 10, 15, 20] and starts != sorted(starts)
-    assert plain == [id for start in starts for id in whole[start : start + 5]]
-    with pytest.raises(MetisError, match="at most 5 ranks"):
-        ids(seed=1, rank=0, world=6)
 
 
 def test_damage_is_named_with_its_remedy(manifest: Path, made: Path, tmp_path: Path) -> None:

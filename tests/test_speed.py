@@ -23,10 +23,12 @@ from metis_lib.models import masked, transformer
 from metis_lib.models.stage1 import Stage1
 from metis_lib.models.stage2 import Stage2
 from metis_lib.models.transformer import Packs
+from metis_lib.stores import Random
 from metis_lib.tokenizers import ssl
 from metis_lib.tokenizers.acoustic import AcousticCodec, Snake1d
 from metis_lib.tokenizers.semantic import WNConv1d, freeze
 from metis_lib.tokenizers.ssl import Linear, SSLEncoder, product, quicken
+from recipes.bench import speed
 from recipes.bench.speed import as_released, count_flops
 from recipes.nano import pareto
 
@@ -300,6 +302,16 @@ def test_compiled_passes_say_the_same():
         assert torch.equal(spoken(model, *case).sequences, trace.sequences), case
 
 
+def test_few_steps_stand_for_those_of_the_layers_that_there_are():
+    """Nano makes six of twelve layers: 10 steps of the second and one of each other, of which 4 and 4 were run."""
+    metis = Metis(Random("nano"), torch.device("cpu"))
+    item = speed.item_of("se", 1.0, 1.0)
+    clock, more = speed.once(metis, "se", item, False)
+    layers = metis.stage2_full.config.num_quantizers
+    wanted = sum(RELEASED_STEPS[1:layers]) / (speed.SHARE["stage2_full"] + layers - 2)
+    assert layers == 6 and more["stage2_full"] == wanted and clock.took["stage2_full"] > 0
+
+
 def test_bench_of_generation(capsys, tmp_path):
     command = ["bench", "generate", "--preset=debug", "--seconds=1", "--repeats=1", "--device=cpu", "--batch=2"]
     assert cli.main([*command, "--tasks", "tts,se", f"--out={tmp_path}", "--json"]) == 0
@@ -381,4 +393,7 @@ def test_points_of_a_sweep_are_measured_once(monkeypatch, tmp_path):
     after = json.loads((system / "decode.json").read_text())
     assert set(before) > {"se"} and after == before | {"se": found["se"]["options"]}, "the other defaults stay"
     assert (tmp_path / "pareto.png").stat().st_size > 5000
+    monkeypatch.setattr(pareto, "OUT", tmp_path / "bench")  # nano's points and another system's do not mix
+    pareto.main(["se"], model=str(system), testset="human", items=2, say=lines.append)
+    assert (tmp_path / "bench/nano/pareto.json").is_file() and not (tmp_path / "bench/pareto.json").exists()
     assert Metis.from_pretrained(system).options("se").stage1.steps == found["se"]["options"]["steps"]

@@ -140,10 +140,9 @@ class Drifting(loop.Objective):
         return {"far": abs(self.model.weight.item() - 0.5)}
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.5])
-def test_the_best_weights_stay_where_that_is_asked_also_after_a_stop(tmp_path, ema):
+def test_the_best_weights_stay_where_that_is_asked_also_after_a_stop(tmp_path):
     feed = Repeat({"x": torch.ones(1, 1)})
-    settings = TrainSettings(steps=60, lr=0.05, warmup=0, schedule="constant", weight_decay=0.0, ema=ema,
+    settings = TrainSettings(steps=60, lr=0.05, warmup=0, schedule="constant", weight_decay=0.0,
                              precision="32-true", validate_every=1, log_every=1, save_every=1, best="far")  # fmt: skip
     whole = Drifting()
     scores = loop.fit(whole, feed, settings, tmp_path / "whole")
@@ -803,29 +802,6 @@ def test_out_of_memory_says_what_to_lower(tmp_path):
         loop.fit(Huge(()), Repeat({"x": torch.ones(4, 2)}), TrainSettings(steps=2), tmp_path / "run")
 
 
-def test_averaged_weights_are_what_comes_back(tmp_path):
-    settings = TrainSettings(steps=40, warmup=1, lr=0.1, schedule="constant", precision="32-true", ema=0.9)
-    objective = Poisoned(())
-    start = objective.line.weight.detach().clone()
-    weights, update = [], loop.Average.update
-
-    def spy(self, step):
-        weights.append(objective.line.weight.detach().clone())
-        update(self, step)
-
-    loop.Average.update = spy
-    try:
-        loop.fit(objective, Repeat({"x": torch.ones(4, 2)}), settings, tmp_path / "run")
-    finally:
-        loop.Average.update = update
-    wanted = start
-    for step, value in enumerate(weights):
-        decay = min(0.9, (1 + step) / (10 + step))
-        wanted = decay * wanted + (1 - decay) * value
-    torch.testing.assert_close(objective.line.weight.detach(), wanted)
-    assert not torch.equal(objective.line.weight, weights[-1])
-
-
 def test_accumulation_and_checkpointing_change_nothing(job_of, tmp_path):
     def run(name, **changes):
         job = job_of("stage1", steps=6, log_every=1, **changes)
@@ -1075,6 +1051,8 @@ def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypa
     pieces = [{"model": m, "settings": {"steps": 5}, "rank": 4} for m in ("stage1", "stage2_layer1", "tts")]
     path = tmp_path / "queue.json"
     queue.write(path, {"system": "little", "preset": "debug", "data": "d", "licence": "l", "pieces": pieces})
+    (tmp_path / "pack").mkdir()
+    (tmp_path / "pack/train.safetensors").write_bytes(bytes(2_000_000))  # of an earlier packing: it takes no room
     held = trip.pack_up(tmp_path / "pack", 1.0, path)
     assert held["train"]["items"] == 8 and held["validation"]["items"] == 2
     job = make_job("stage1", home / "runs/little", home / "corpora/little/manifest.jsonl")
@@ -1091,7 +1069,13 @@ def test_trains_from_tokens_alone_on_a_bare_machine(workshop, tmp_path, monkeypa
     sizes = [file.stat().st_size for file in (tmp_path / "back").rglob("*") if file.is_file()]
     assert max(sizes) <= 50_000 and len(sizes) > 6
     weights = load_file(home / "runs/little/stage1/model.safetensors")
+    more = queue.read(path)
+    more["pieces"].append({"model": "stage1", "settings": {"steps": 900}})
+    queue.write(path, more)
     assert trip.bring_home(tmp_path / "back", path) == ["stage1", "stage2_layer1", "tts"]
+    assert trip.bring_home(tmp_path / "back", path) == []  # nor does the next stage 1 become what came already
+    assert queue.read(path)["pieces"].pop().get("state") is None
+    queue.write(path, {**more, "pieces": queue.read(path)["pieces"][:3]})
     entries = queue.read(path)["pieces"]
     assert [e["state"] for e in entries] == ["done"] * 3 and entries[0]["score"]["cross_entropy"] > 0
     trained = load_file(home / "runs/little/stage1/model.safetensors")
@@ -1249,6 +1233,9 @@ def test_shipped_parts_are_taken_where_the_sizes_fit(small_queue, tmp_path, monk
     assert not (home / "ssl").exists()
 
 
+CUT_OFF = {"model": "ssl", "steps": 3, "score": {}, "finished": False}
+
+
 def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_path, monkeypatch):
     """What is left is left by a budget, then everything is trained, shipped where it is told, and judged."""
     from recipes.nano import build
@@ -1257,6 +1244,10 @@ def test_the_recipe_goes_from_the_queue_to_weights_and_scores(small_queue, tmp_p
     home = queue.metis_home() / "corpora" / "little"
     shutil.copytree(manifest.parent, home)
     (home / "ALL_READY").touch()
+    stopped = []
+    with monkeypatch.context() as patch:
+        patch.setattr(build.queue, "run_next", lambda *_, **__: stopped.append(1) or CUT_OFF)
+        assert build.build(path, judge=False)["left"] == 2 and stopped == [1]  # Ctrl-C: it does not begin again
     monkeypatch.setattr(build.queue, "run_next", partial(queue.run_next, manifest=manifest))
     assert build.build(path, budget="0.001s", judge=False)["left"] == 2
     done = build.build(path, target=tmp_path / "weights", judge=False)
@@ -1846,10 +1837,10 @@ def test_a_late_warm_up_is_the_same_after_a_stop(job_of, tmp_path):
     assert rates[0] == rates[1] and len(rates[0]) == 20 and rates[0][0] < 0.2 * max(rates[0])
 
 
-def test_devices_and_strategies_that_are_not_there(job_of):
-    for device, strategy in (("cuda:7", "auto"), ("fridge", "auto"), ("cpu", "telepathy")):
-        with pytest.raises(MetisError, match="fridge|cuda|telepathy"):
-            recipes.train(job_of("stage1"), device=device, strategy=strategy)
+def test_devices_that_are_not_there(job_of):
+    for device in ("cuda:7", "fridge"):
+        with pytest.raises(MetisError, match="fridge|cuda"):
+            recipes.train(job_of("stage1"), device=device)
 
 
 def test_films_are_taken_where_there_are_any(workshop, tmp_path, monkeypatch):
@@ -2048,27 +2039,6 @@ def test_two_systems_are_never_mixed(workshop, tmp_path):
     assert not (out / "vocab.json").exists()
     (out / "ssl/config.json").write_text("mine now")
     assert (system / "ssl/config.json").read_text() != "mine now"  # a copy: people edit it
-
-
-def test_an_average_that_begins_later_begins_with_the_weights_of_the_state(tmp_path):
-    class Still(loop.Objective):
-        def __init__(self, start):
-            super().__init__()
-            self.model = torch.nn.Linear(2, 1)
-            torch.nn.init.constant_(self.model.weight, start)
-
-        def counts(self, batch):
-            return {"loss": 1.0}
-
-        def forward(self, batch, part="model"):
-            return {"loss": 0.0 * self.model(batch["x"]).sum()}
-
-    settings = TrainSettings(steps=20, lr=0.0, weight_decay=0.0, warmup=1, precision="32-true", save_every=10)
-    feed = Repeat({"x": torch.ones(1, 2)})
-    loop.fit(Still(1.0), feed, settings, tmp_path / "run")
-    later = Still(100.0)
-    loop.fit(later, feed, replace(settings, steps=22, ema=0.999), tmp_path / "run")
-    assert later.model.weight.detach().flatten().tolist() == pytest.approx([1.0, 1.0])
 
 
 def test_processes_share_tensors_in_place(monkeypatch):

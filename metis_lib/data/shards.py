@@ -359,28 +359,3 @@ class Shards:
         bad = [str(path) for path, wanted in paths.items() if not path.is_file() or sha256(path) != wanted]
         if bad:
             raise MetisError(f"{', '.join(bad)} {AGAIN}")
-
-    def order(self, *, seed: int, epoch: int = 0, rank: int = 0, world: int = 1, buffer: int = 1000) -> Iterator[int]:
-        """Item numbers of one epoch of one rank: whole shards in random order, items mixed within ``buffer``."""
-        if not 0 <= rank < world <= len(self.ends) or buffer < 1:
-            raise MetisError(f"give 0 <= rank < world, at most {len(self.ends)} ranks (one a shard), and buffer > 0")
-        rng = np.random.default_rng([seed, epoch])
-        mine = rng.permutation(len(self.ends))[rank::world]
-        rng, window = np.random.default_rng([seed, epoch, rank]), []
-        for shard in mine:
-            for item in range(self.ends[shard] - self.index["shards"][shard]["items"], self.ends[shard]):
-                window.append(item)
-                if len(window) > buffer:
-                    k = rng.integers(buffer)
-                    window[k], window[-1] = window[-1], window[k]
-                    yield int(window.pop())
-        yield from (int(item) for item in rng.permutation(window))
-
-
-def stream(folder: str | Path, **order: int) -> Iterator[tuple[Any, ...]]:
-    """Items of one epoch in the order of :meth:`Shards.order` (``seed``, ``epoch``, ``rank``, ``world``, ``buffer``).
-
-    A DataLoader worker w of W on rank r of R is rank ``r * W + w`` of ``R * W``.  Memory stays flat.
-    """
-    shards = Shards(folder)
-    return (shards[i] for i in shards.order(**order))

@@ -101,16 +101,14 @@ def parse_row(values: Any, *, root: Path, where: str) -> Row:
     return Row(**values, root=root)
 
 
-def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) -> list[Row]:
+def read_manifest(path: str | os.PathLike[str]) -> list[Row]:
     """Read and check a manifest.
 
     Args:
         path: the JSONL file.
-        check_files: also look whether every recording exists.
 
     Raises:
-        MetisError: no such file, nothing in it, a bad row, an id twice, or (asked for) a missing
-            recording; the message names the line.
+        MetisError: no such file, nothing in it, a bad row, or an id twice; the message names the line.
     """
     path = Path(path)
     if not path.is_file():
@@ -134,8 +132,6 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = False) ->
         row = parse_row(values, root=path.parent, where=where)
         if row.id in seen:
             raise MetisError(f"{where}: the id {row.id!r} occurs twice")
-        if check_files and not row.audio.is_file():
-            raise MetisError(f"{where}: the recording {row.path} is missing")
         seen.add(row.id)
         rows.append(row)
     if not rows:

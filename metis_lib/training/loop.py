@@ -16,12 +16,11 @@ import math
 import os
 import pickle
 import re
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,6 @@ class TrainSettings:
         betas, weight_decay, clip: of AdamW; the largest norm of the gradient.
         frames: padded frames (tokens) of a batch on one process.
         accumulate: batches a step on each process.
-        ema: decay of the averaged weights (0: none), which are validated and saved in the place of the last ones.
         precision: ``bf16-mixed`` or ``32-true``.
         checkpointing: recompute activations: a third more work, a fraction of the memory.
         compile: torch.compile the nets.
@@ -70,7 +68,6 @@ class TrainSettings:
     clip: float = 1.0
     frames: int = 4000
     accumulate: int = 1
-    ema: float = 0.0
     precision: str = "bf16-mixed"
     checkpointing: bool = False
     compile: bool = False
@@ -148,24 +145,19 @@ class Objective(nn.Module):
 # ---------------------------------------------------------------- the parts of a run
 
 
-def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str = "auto") -> Any:
-    """Fabric for this process: alone, or one of those that torchrun started (gloo on CPUs, NCCL on GPUs).
-
-    ``strategy``: any name that Fabric knows (``ddp``, ``fsdp``, ...); ``auto`` is DDP for several processes.
-    """
+def make_fabric(settings: TrainSettings, *, device: str = "auto") -> Any:
+    """Fabric for this process: alone, or one of those that torchrun started (DDP; gloo on CPUs, NCCL on GPUs)."""
     try:
         fabric_module = importlib.import_module("lightning_fabric")
     except ModuleNotFoundError:  # the package lightning carries it under another name
         fabric_module = importlib.import_module("lightning.fabric")
-    ddp = importlib.import_module(f"{fabric_module.__name__}.strategies").DDPStrategy
 
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     world = int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    chosen: Any = strategy
-    if strategy in ("auto", "ddp") and world > 1:  # a batch may pass by a task's modules: no text, another codec layer
-        chosen = ddp(find_unused_parameters=True)
+    # a batch may pass by a task's modules: no text, another codec layer
+    strategy = "ddp_find_unused_parameters_true" if world > 1 else "auto"
     if device != "auto":
         from metis_lib.pipeline import pick_device
 
@@ -176,20 +168,15 @@ def make_fabric(settings: TrainSettings, *, device: str = "auto", strategy: str 
     devices: Any = local if world > 1 else [int(device[5:])] if device.startswith("cuda:") else 1
     try:
         fabric = fabric_module.Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=world // local, strategy=chosen,
+            accelerator=accelerator, devices=devices, num_nodes=world // local, strategy=strategy,
             precision=settings.precision,  # type: ignore[arg-type]
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
-        raise MetisError(f"strategy {strategy!r} on device {device!r}: {error}") from error
+        raise MetisError(f"device {device!r}: {error}") from error
     if settings.precision.endswith("-mixed"):  # Fabric would round waveforms, and what they are compared with, to bf16
         fabric._precision.convert_input = lambda data: data
     fabric.launch()
     return fabric
-
-
-def whole(fabric: Any) -> bool:
-    """Whether each process holds all weights: other strategies shard them, and save them so."""
-    return "DDP" in type(fabric.strategy).__name__ or fabric.world_size == 1
 
 
 class Checkpoints:
@@ -209,7 +196,7 @@ class Checkpoints:
         for old in self.folder.glob(".step-*.part") if fabric.is_global_zero else ():  # of a killed process
             old.unlink(missing_ok=True)
         try:
-            fabric.save(part, state, filter={"model": lambda key, _: key in trained} if whole(fabric) else None)
+            fabric.save(part, state, filter={"model": lambda key, _: key in trained})
         except (OSError, RuntimeError) as error:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
@@ -218,7 +205,7 @@ class Checkpoints:
         if fabric.is_global_zero:
             os.replace(part, path)
             for old in self.found()[: -self.keep]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                old.unlink()
         fabric.barrier()
 
     def load(self, state: dict[str, Any], fabric: Any) -> dict[str, Any]:
@@ -278,35 +265,6 @@ def stop_asked() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class Average:
-    """Exponential moving average of trained parameters, in fp32."""
-
-    def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:
-        self.decay, self.parameters = decay, parameters
-        self.values = {key: p.detach().float().clone() for key, p in parameters.items()}
-
-    def update(self, step: int) -> None:
-        """After step ``step`` (from 0); young averages forget faster."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            for key, p in self.parameters.items():
-                self.values[key].lerp_(p.detach().float(), 1 - decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The averages in the place of the parameters."""
-        saved = {key: p.detach().clone() for key, p in self.parameters.items()}
-        with torch.no_grad():
-            for key, p in self.parameters.items():
-                p.copy_(self.values[key])
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for key, p in self.parameters.items():
-                    p.copy_(saved[key])
-
-
 # ---------------------------------------------------------------- the loop
 
 
@@ -325,7 +283,7 @@ def fit(
     """Train ``objective`` in ``folder``, or go on from the newest state that lies there.
 
     Args:
-        objective: nets on the CPU, which come back with the trained (or averaged) weights.
+        objective: nets on the CPU, which come back with the trained weights.
         feed: ``feed.open(step, rank, world, accumulate)`` iterates over this process's batches from a step on.
         folder: for ``states/``, ``log.jsonl`` and TensorBoard events.
         fabric: of :func:`make_fabric`; made if not given.
@@ -341,7 +299,7 @@ def fit(
 
     Raises:
         MetisError: ten updates in a row were not finite, the memory or the disk does not suffice, a state that does
-            not fit, or ``settings.best`` that is no score or asks for weights in shards.
+            not fit, or ``settings.best`` that is no score.
     """
     folder, allowed = Path(folder), seconds_of(budget) if budget else math.inf
     if settings.schedule == "budget" and not budget:
@@ -378,16 +336,10 @@ def fit(
     buffers = dict(objective.named_buffers())
     for key, value in rest.get("buffers", {}).items():
         buffers[key].copy_(value)
-    average = Average({name: by_name[name] for name in names}, settings.ema) if settings.ema else None
-    if average:
-        for key, value in rest.get("average", {}).items():
-            average.values[key].copy_(value)
     progress: dict[str, Any] = {"step": first, "skipped": 0, "seconds": 0.0, "cpu_seconds": 0.0, "frames": 0.0}
     progress |= rest.get("progress", {})
     scores: dict[str, Any] = rest.get("scores", {})
     best: dict[str, Any] = rest.get("best", {}) if settings.best and not forget_best else {}
-    if settings.best and not whole(fabric):
-        raise MetisError("weights in shards are not kept by their score; take the strategy ddp, or the last weights")
     ramp = rest.get("ramp", first)
     first = progress["step"]
     if fabric.is_global_zero:
@@ -403,7 +355,7 @@ def fit(
 
     def save() -> None:
         now = dict(state, progress=dict(progress), scores=scores, buffers=buffers, ramp=ramp, best=best)
-        states.save(progress["step"], now | ({"average": average.values} if average else {}), fabric, set(names))
+        states.save(progress["step"], now, fabric, set(names))
 
     began, cpu_began, saved = time.monotonic(), time.process_time(), time.monotonic()
     trimmed = began
@@ -471,8 +423,6 @@ def fit(
                 objective.after_step(step, fabric, settings)
             else:  # else codebooks would take in what the weights were spared
                 objective.spoiled()
-            if average:
-                average.update(step)
             progress["step"] += 1
             progress["frames"] += counts.get("frames", 0.0)
             if time.monotonic() - trimmed > TRIM_SECONDS:
@@ -489,7 +439,7 @@ def fit(
                 line |= {"frames": progress["frames"], "skipped": progress["skipped"]}
                 totals, counted, samples = {}, {}, None
                 if checked:
-                    scores, samples = _validated(fabric, objective, module, average, last or not settings.best)
+                    scores, samples = _validated(fabric, objective, module, last or not settings.best)
                     line["validation"] = scores
                     if settings.best and settings.best not in scores:
                         known = ", ".join(scores) or "nothing"
@@ -498,8 +448,7 @@ def fit(
                     chance = stopped and progress["step"] % (settings.validate_every or settings.steps)
                     given = settings.best and (not chance or settings.schedule == "budget")
                     if given and scores[settings.best] < best.get("scores", {}).get(settings.best, math.inf):
-                        now = average.values if average else {name: by_name[name].detach() for name in names}
-                        kept = {name: value.to("cpu", copy=True) for name, value in now.items()}
+                        kept = {name: by_name[name].detach().to("cpu", copy=True) for name in names}
                         best = {"step": progress["step"], "scores": scores, "values": kept}
                     tick()
                 log.add(line, samples)
@@ -514,10 +463,6 @@ def fit(
     for parameters in groups.values():
         for p in parameters:
             p.requires_grad_(True)
-    if average:
-        with torch.no_grad():
-            for key, p in average.parameters.items():
-                p.copy_(average.values[key])
     if best:
         with torch.no_grad():
             for name, value in best["values"].items():
@@ -531,11 +476,9 @@ def fit(
     return {**scores, **{k: round(v, 3) for k, v in progress.items()}, "finished": finished}
 
 
-def _validated(
-    fabric: Any, objective: Objective, module: nn.Module, average: Average | None, audible: bool
-) -> tuple[dict[str, float], Any]:
+def _validated(fabric: Any, objective: Objective, module: nn.Module, audible: bool) -> tuple[dict[str, float], Any]:
     module.eval()
-    with torch.no_grad(), fabric.autocast(), average.in_place() if average else nullcontext():
+    with torch.no_grad(), fabric.autocast():
         scores = {key: round(float(value), 5) for key, value in objective.validate().items()}
         samples = objective.samples() if fabric.is_global_zero and audible else {}
     module.train()

@@ -489,7 +489,7 @@ def _warm(job: Job, objective: Any) -> dict[str, Any]:
 
 def train(
     job: Job, *, budget: str | None = None, resume: bool = True, first: int = 0, device: str = "auto",
-    strategy: str = "auto", say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train one part into its system's folder; it goes on from the part's weights where there are any.
 
@@ -497,7 +497,7 @@ def train(
         budget: time after which it stops with a state, such as ``100m``.
         resume: go on with the run that was stopped; False begins a new one from the weights.
         first: steps that a run has behind it whose state is lost (the weights alone are left).
-        device, strategy: of Fabric.
+        device: of Fabric.
 
     Returns:
         What :func:`~metis_lib.training.loop.fit` returns.
@@ -507,7 +507,7 @@ def train(
     """
     if job.model not in BUILD:
         raise MetisError(f"cannot train {job.model!r}; choose one of {', '.join(BUILD)}")
-    fabric = make_fabric(job.settings, device=device, strategy=strategy)
+    fabric = make_fabric(job.settings, device=device)
     job = replace(job, device=str(fabric.device))
     if fabric.world_size > 1 and fabric.global_rank:  # the first process prepares what is missing
         fabric.barrier("prepared")
@@ -609,7 +609,7 @@ def finetune(
         validate_every: steps between validations, 0: at the end; by default as the settings say where they have
             another number than the preset, else with ``best`` a twentieth of the steps, or ten.
         keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings, or the ``last`` ones.
-        more: of :func:`train`: budget, resume, device, strategy.
+        more: of :func:`train`: budget, resume, device.
 
     Returns:
         What :func:`train` returns.  Use the result by ``Metis.from_pretrained(out)``.

@@ -207,7 +207,7 @@ def once(
 ) -> tuple[Clock, dict[str, float]]:
     """One generation: the clock, and by what each part has to be multiplied for all steps."""
     options = metis.options(task, item)
-    every, steps2 = options.stage1.steps, RELEASED_STEPS
+    every, steps2 = options.stage1.steps, RELEASED_STEPS[: metis.stage2_full.config.num_quantizers]
     if not full:
         few = (SHARE["stage2_layer1"], SHARE["stage2_full"], *(1,) * (len(steps2) - 2))
         options = replace(options, stage1=replace(options.stage1, steps=SHARE["stage1"]), stage2_steps=few)
@@ -384,9 +384,10 @@ def bench_generate(
         For each task: ``bf16_ratio`` and ``fp32_ratio`` (how many times less CPU time than the reference; on a GPU
         less time), ``step_agreement`` (fp32 against the reference at equal states), ``reference_cpu_s``,
         ``matmul_share`` (FLOP by the rate of matrix products in this run, bf16), ``batch_gain`` (throughput of
-        ``batch`` utterances together by that of single ones, bf16), ``rtf`` (wall seconds a second of speech, bf16),
-        ``batches`` (of each of them what :func:`together` returns), ``weights_mb`` and what :func:`measure` returns;
-        with ``compile`` a variant ``compiled`` (bf16).  ``about`` says what was asked and where it ran.
+        ``batch`` utterances together by that of single ones, bf16; None: out of memory),
+        ``rtf`` (wall seconds a second of speech, bf16), ``batches`` (of each of them what :func:`together` returns),
+        ``weights_mb`` and what :func:`measure` returns; with ``compile`` a variant ``compiled`` (bf16).  ``about``
+        says what was asked and where it ran.
     """
     where = pick_device(device)
     if not set(tasks):
@@ -414,24 +415,24 @@ def bench_generate(
         variants = {name: partial(run, name) for name in (*VARIANTS, *(["compiled"] if compile else []))}
         values = measure(variants, rates, repeats, lambda line: say(f"{task} {line}"))  # noqa: B023
         totals = {name: sum(parts.values()) for name, parts in values["parts"].items()}
-        once(found["bf16"], task, item, full, batch)  # warms up
-        many, more = once(found["bf16"], task, item, full, batch)
-        taken = sum(took * more.get(part, 1.0) for part, took in many.took.items())
+        many = {
+            n: together(
+                found["bf16"], task, item, full, n, repeats if n in batches else 1, half,
+                lambda line: say(f"{task} {line}"),  # noqa: B023
+            )
+            for n in sorted({*batches, batch})
+        }  # fmt: skip
+        taken = many[batch].get("seconds")
         out[task] = {
             "bf16_ratio": round(totals["released"] / totals["bf16"], 3),
             "fp32_ratio": round(totals["released"] / totals["fp32"], 3),
             "step_agreement": round(agreement(found, task, item), 5),
             "reference_cpu_s": round(totals["released"], 2),
             "matmul_share": round(1e9 * sum(values["gflop"]["bf16"].values()) / half / totals["bf16"], 4),
-            "batch_gain": round(batch * totals["bf16"] / taken, 3),
+            "batch_gain": round(batch * totals["bf16"] / taken, 3) if taken else None,
             "rtf": round(values["wall_s"]["bf16"] / seconds, 4),
             **({"compiled_ratio": round(totals["released"] / totals["compiled"], 3)} if compile else {}),
-            "batches": {
-                str(n): together(
-                    found["bf16"], task, item, full, n, repeats, half, lambda line: say(f"{task} {line}")  # noqa: B023
-                )
-                for n in sorted(set(batches))
-            },
+            "batches": {str(n): values for n, values in many.items() if n in batches},
             "weights_mb": {
                 name: weights_mb(*(m for m in (*vars(metis).values(), metis.task_model(task)) if _is_net(m)))
                 for name, metis in found.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,12 @@ def main() -> int:
     command, only, budget, workers, out = (given.pop(key) for key in ("command", "only", "budget", "workers", "out"))
     given["seeds"] = tuple(given["seeds"]) if given["seeds"] else None
     try:
-        lab = Lab.of(given.pop("scale"), **given)
+        scale = given.pop("scale")
+        lab, usual = Lab.of(scale, **given), Lab.of(scale)
+        if given["home"] is None and lab != usual:  # names are the same, and would take the place of the usual ones
+            others = {key: str(value) for key, value in vars(lab).items() if value != getattr(usual, key)}
+            lab = replace(lab, home=usual.home.with_name(f"{usual.home.name}-{record.sha256_of(others)[:8]}"))
+            print(f"other settings than usual: kept in {lab.home} (--home names another folder)", file=sys.stderr)
         if command == "run":
             left = queue.run(lab, budget=budget, only=only, workers=workers, say=lambda line: print(line, flush=True))
             print(f"left: {len(left)}" if left else "everything is measured")

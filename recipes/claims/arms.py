@@ -270,6 +270,12 @@ def first(
     return out
 
 
+def hours_of(ids: Sequence[Any], lengths: np.ndarray) -> float:
+    """Hours of the recordings that are used, each once, however many examples were made of it."""
+    frames = {ids[i]: int(lengths[i]) for i in np.flatnonzero(lengths).tolist()}
+    return sum(frames.values()) / FRAME_RATE / 3600
+
+
 @functools.lru_cache(maxsize=16)
 def whole(lab: Lab, task: str, split: str) -> tuple[Any, tuple[Any, ...]]:
     """The source of all examples of a task (of ``stage1``: all recordings), and what tells its items apart."""
@@ -448,7 +454,7 @@ def _stage1(
         save_part(place / "stage1", model, lab.sizes.stage1, dtype=torch.float32)
     elif not arm.rank and arm.hours == lab.hours[1] and arm.task in ("se", "tse", "omni"):  # decoded later
         save_part(place / "tasks" / arm.task, gen.task_state(model, base, full=True), config)
-    amounts = {task: round(float(source.lengths.sum()) / FRAME_RATE / 3600, 4) for task, source in given.items()}
+    amounts = {task: round(hours_of(whole(lab, task, "train")[1], source.lengths), 4) for task, source in given.items()}
     return {
         "trained": trained or sum(p.numel() for p in model.parameters()), "seconds": scores["seconds"],
         "frames_seen": scores["frames"], "skipped": scores["skipped"], "hours_used": amounts, "held_out": measured,
@@ -467,12 +473,13 @@ def _direct(
         fill(objective.model, load_state(lab.system / name), lab.system / name)
         weights = objective.model.layer_weights().tolist()
         source = data.Tokens(shards, masking, layer_weights=weights, seed=arm.seed)  # type: ignore[arg-type]
-        source.lengths = first(list(range(len(source.lengths))), source.lengths, hours=arm.hours)
+        ids = [item["id"] for item in shards.store.items]
+        source.lengths = first(ids, source.lengths, hours=arm.hours)
         scores = fit(objective, data.Feed(source, settings), settings, run / name, budget=budget, say=say)
         if not scores["finished"]:
             return None
         save_part(place / name, objective.model, config)
-        total, amount = total + scores["seconds"], float(source.lengths.sum()) / FRAME_RATE / 3600
+        total, amount = total + scores["seconds"], hours_of(ids, source.lengths)
     return {"seconds": total, "hours_used": {"se": round(amount, 4)}, "held_out": {}}
 
 

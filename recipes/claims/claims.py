@@ -105,12 +105,11 @@ def all_claims(lab: Lab) -> list[Claim]:
               "21", "confidence of the recogniser", 0.02, study=("alone", "nearer_reversed", "continued", "")),
     ]  # fmt: skip
     for task in ("tts", "vc", "tse"):
-        longer_too = longer and task != "vc"  # conversion was not measured at the longer length yet
         sides = (Arm(task, "pretrained-noprompt", hours=many), Arm(task, "pretrained", hours=many))
         found.append(
             Claim(f"prompts-in-pretraining-{task}", f"Prompts in pre-training help {names[task]}.",
                   "Metis section 4.1 (p = 0.8), never compared", task, "22", margin=NAT,
-                  arms=tuple(replace(arm, longer=longer_too) for arm in sides), also=sides * longer_too)
+                  arms=tuple(replace(arm, longer=longer) for arm in sides), also=sides * longer)
         )  # fmt: skip
     found += [
         Claim(f"lora-rank-{task}", f"In {names[task]} LoRA of rank 32 is better than of rank 4.",

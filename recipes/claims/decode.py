@@ -73,7 +73,7 @@ def studies(lab: Lab) -> dict[str, Study]:
         "schedule-se": Study("se", {name: {"schedule": name, "steps": 10} for name in RIVALS}, ("wer", "pesq_wb")),
         "ssl-layers": Study("", {}, ("phone_error", "speaker_accuracy")),
         "two-stages": Study("se", {"two stages": {}, "direct": {}}, ("wer", "pesq_wb"),
-                            (Arm("se", hours=many), Arm("direct", hours=many))),
+                            (Arm("se", hours=many, longer=longer), Arm("direct", hours=many, longer=longer))),
         "omni-arms": Study("tse", {"tse": {}, "omni": {}}, ("wer", "sim_prompt"), pair),
     }  # fmt: skip
 
@@ -153,10 +153,7 @@ def _clips(lab: Lab, name: str, variant: str, folder: Path) -> list[tuple[Item, 
             make = make or maker(lab, name, variant, seed)
             some = missing[first : first + TOGETHER]
             for speech, (_, path) in zip(make([item for item, _ in some], seed), some, strict=True):
-                part = path.with_name(f".{path.stem}.part.flac")
-                part.parent.mkdir(parents=True, exist_ok=True)
-                speech.save(part)
-                part.replace(path)
+                speech.save(path)
     return made
 
 

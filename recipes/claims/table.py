@@ -30,9 +30,8 @@ VERDICTS = ("holds", "fails", "undecided")
 FOLDER = record.ROOT / "results" / "claims"
 COLOURS = {"holds": "#0173b2", "fails": "#d55e00", "undecided": "#949494"}
 """Seaborn's colour-blind palette; markers tell them apart too."""
-TRAINED = {"two-stages": ("se-system-", min), "omni-arms": ("tse-system-", max)}
-"""Studies that decode trainings, one a seed: how the id of the arm begins whose tokens are told, and which, where the
-claims have trainings of two lengths."""
+TRAINED = {"two-stages": "se-system-", "omni-arms": "tse-system-"}
+"""Studies that decode trainings, one a seed: how the id of the arm begins whose tokens are told; the longer ones'."""
 
 
 class Effect(NamedTuple):
@@ -95,8 +94,8 @@ def effect_of(claim: Claim, results: Results, seeds: Sequence[int]) -> Effect:
     if claim.arms:
         return _of_arms(claim, results["arms"], seeds)
     name, metric, a, b = claim.study  # type: ignore[misc]
-    first, which = TRAINED.get(name, ("none", max))
-    tokens = which((arm["tokens"] for id, arm in results["arms"].items() if id.startswith(first)), default=0)
+    first = TRAINED.get(name, "none")
+    tokens = max((arm["tokens"] for id, arm in results["arms"].items() if id.startswith(first)), default=0)
     return _of_rows(results["decode"][name], metric, a, b, tokens, trained=name in TRAINED)
 
 
@@ -170,12 +169,15 @@ def rows_of(lab: Lab, results: Results, *, only: str = "") -> list[dict[str, Any
     lacking = list(dict.fromkeys(name for claim in chosen for name in missing(claim, results, lab.seeds)))
     if lacking:
         raise MetisError(f"{len(lacking)} measurements are missing: {', '.join(lacking)}")
-    return [row_of(claim, effect_of(claim, results, lab.seeds)) | at_hand(claim, results) for claim in chosen]
+    return [
+        row_of(claim, effect_of(claim, results, lab.seeds)) | at_hand(claim, results, lab.seeds[0]) for claim in chosen
+    ]
 
 
-def at_hand(claim: Claim, results: Results) -> dict[str, Any]:
+def at_hand(claim: Claim, results: Results, seed: int) -> dict[str, Any]:
     """Hours of recordings that the two sides really had: fewer than their name says where fewer are prepared."""
-    found = [results["arms"][arm.id].get("hours_used", {}).get(claim.task) for arm in claim.arms]
+    arms = [results["arms"][replace(arm, seed=seed).id] for arm in claim.arms]
+    found = [arm.get("hours_used", {}).get(claim.task) for arm in arms]
     return {"hours_at_hand": [round(hours, 2) for hours in found]} if found and None not in found else {}
 
 

@@ -10,10 +10,10 @@ listens to 3 % of what each synthetic voice says and writes ``synthetic_asr.json
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import math
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from metis_lib import audio
 from metis_lib.config import SSL_RATE
-from metis_lib.data.store import Row
+from metis_lib.data.store import Row, parse_row, read_jsonl, read_manifest, write_text
 
 VERDICTS = Path(__file__).with_name("human_asr.csv")
 BAD = 0.4
@@ -116,11 +116,12 @@ def word_error_rates(verdicts: Iterable[tuple[Row, int, int]], of: Callable[[Row
 def main() -> None:
     """Listen to what has no verdict yet; with the argument ``voices`` to a sample of every synthetic voice."""
     from metis_lib.assets import metis_home
-    from metis_lib.data.store import read_manifest
 
+    parser = argparse.ArgumentParser(prog="python -m recipes.nano.asr", description=__doc__)
+    parser.add_argument("what", nargs="?", choices=("voices",))
     folder = metis_home() / "corpora" / "nano"
     rows = read_manifest(folder / "manifest.jsonl")
-    if sys.argv[1:] == ["voices"]:
+    if parser.parse_args().what:
         verdicts = list(listen(sample_of_voices([row for row in rows if not row.human])))
         found = {
             "command": "python -m recipes.nano.asr voices",
@@ -129,10 +130,11 @@ def main() -> None:
             "engines": word_error_rates(verdicts, lambda row: row.speaker.split("-")[0]),
             "voices": word_error_rates(verdicts, lambda row: row.speaker),
         }
-        (folder / "synthetic_asr.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_text(folder / "synthetic_asr.json", json.dumps(found, indent=1) + "\n")
         return
-    known = read_verdicts()
-    spoken = sorted((row for row in rows if row.human and row.text), key=lambda row: row.id)
+    known, part = read_verdicts(), folder / "parts" / "uqm.jsonl"  # the manifest lacks what was refused before
+    said = [parse_row(values, root=folder, where=str(part)) for values in read_jsonl(part)]
+    spoken = sorted((row for row in said if row.text), key=lambda row: row.id)
     if not VERDICTS.is_file():
         VERDICTS.write_text("utterance,words,errors\n")
     with VERDICTS.open("a") as out:

@@ -8,6 +8,7 @@ for the weights that are in place.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -174,6 +175,8 @@ def build(
     speech, judged = metis_home() / "corpora" / queue.read(path)["system"], dict[str, Any]()
     if not (speech / "ALL_READY").is_file():
         corpus.prepare_nano(hours_synthetic=hours, workers=workers, say=say)
+    else:
+        say(f"the corpus in {speech} is taken as it is; `metis prepare nano --hours {hours:g}` would add to it")
     if scratch:
         path = from_scratch(path)
         target = path.parent
@@ -185,16 +188,21 @@ def build(
         budgeted = None if left is None else f"{left:.0f}s"
         done = queue.run_next(path, budget=budgeted, manifest=speech / "manifest.jsonl", say=say)
         say(f"piece {number}: {done['model']}, {done['steps']} steps, {done['score']}")
+        if not done["finished"]:  # the budget or a signal ended it
+            return {"left": sum(entry.get("state") != "done" for entry in queue.read(path)["pieces"])}
     sizes = ship(queue.home(queue.read(path)), target)
     return {"left": 0, "sizes": sizes} | ({"summary": results(say=say, **judged)} if judge else {})
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["ship"]:
-        print(ship(queue.home(queue.read(QUEUE))))
-    elif sys.argv[1:] == ["results"]:
-        results()
-    elif sys.argv[1:] == ["page"]:
-        write_page()
-    else:
-        build(budget=sys.argv[1] if sys.argv[1:] else None)
+    parser = argparse.ArgumentParser(prog="python -m recipes.nano.build", description=__doc__)
+    calls: dict[str, Callable[[], Any]] = {
+        "results": results,
+        "page": write_page,
+        "ship": lambda: print(ship(queue.home(queue.read(QUEUE)))),
+    }
+    parser.add_argument("what", choices=tuple(calls))
+    try:
+        calls[parser.parse_args().what]()
+    except MetisError as error:
+        sys.exit(f"error: {error}")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import struct
 import time
 import zlib
@@ -30,6 +29,7 @@ import soundfile
 from metis_lib import assets, audio
 from metis_lib.audio import level
 from metis_lib.config import AUDIO_RATE
+from metis_lib.data.report import sentence_key
 from metis_lib.data.simulate import Rooms
 from metis_lib.data.store import read_jsonl, write_jsonl
 from metis_lib.errors import MetisError
@@ -50,11 +50,6 @@ NOISE_TEST = ("coffee-shop", "train", "stream")
 
 HELD_OUT = ("train", "validation", "seen", "test")
 """Splits, from least to most held out (``seen``: voices of the training, sentences of the test)."""
-
-
-def spoken_words(text: str) -> str:
-    """The words of a text, small and without punctuation: what makes two sentences one."""
-    return " ".join(re.findall(r"[a-z']+", text.lower()))
 
 
 def read_gresource(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -147,11 +142,11 @@ def usable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     verdicts = asr.read_verdicts()
     held_out: dict[str, int] = {}
     for r in rows:
-        words = spoken_words(r["text"])
+        words = sentence_key(r["text"])
         held_out[words] = max(held_out.get(words, 0), HELD_OUT.index(r["split"]))
 
     def good(r: dict[str, Any]) -> bool:
-        words = spoken_words(r["text"])
+        words = sentence_key(r["text"])
         heard = not r["human"] or verdicts.get(asr.key(r["id"], r["text"]), 0.0) <= asr.BAD
         clear = heard and r["speaker"] != synthesis.SILERO_SPOILT
         return clear and (not words or held_out[words] == HELD_OUT.index(r["split"]))

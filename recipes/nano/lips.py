@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import tempfile
 import textwrap
@@ -26,7 +25,8 @@ import soundfile
 from metis_lib import assets
 from metis_lib.data.align import Timed, align, speak
 from metis_lib.data.lips import CLASS_OF, NAMES, VISEMES, FaceStyle, render, visemes
-from metis_lib.data.store import read_jsonl
+from metis_lib.data.store import read_jsonl, write_text
+from metis_lib.evaluation import record
 from metis_lib.tokenizers.text import PhoneTokenizer
 from recipes.nano import packages
 
@@ -191,9 +191,7 @@ def draw(path: Path) -> None:
     figure.suptitle(
         f"Synthetic lips: drawn faces, no person. Above: the 14 viseme classes. Below: “{text}”", fontsize=11
     )
-    save = path.with_name(f".{path.name}")
-    figure.savefig(save, dpi=90, format="png")
-    os.replace(save, path)
+    record.write_figure(path, figure)
 
 
 def main() -> None:
@@ -215,9 +213,7 @@ def main() -> None:
         "alignment": measure_alignment([texts[i] for i in chosen]),
         "render_frames_per_second_per_core": measure_speed(speak("We were away a year ago, were we not?")[1]),
     }
-    beside = arguments.out / ".lips.json"
-    beside.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, arguments.out / "lips.json")
+    write_text(arguments.out / "lips.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

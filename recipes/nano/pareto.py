@@ -169,9 +169,13 @@ def draw(points: list[dict[str, Any]], chosen: dict[str, Any]) -> Any:
 
 def main(
     sweeps: list[str], *, model: str = "nano", testset: str = "tuning", items: int = 36, seeds: int = 2,
-    out: Path = OUT, say: Any = print,
+    out: Path | None = None, say: Any = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure, choose, draw; write all three and ``decode.json``; return the chosen point of each sweep."""
+    """Measure, choose, draw; write all three and ``decode.json``; return the chosen point of each sweep.
+
+    Points of another system than nano lie in a folder of its name: each is chosen among its own.
+    """
+    out = out or (OUT if model == "nano" else OUT / Path(model).resolve().name)
     if testset != "human" and not (metis_home() / "testsets" / testset / "manifest.jsonl").is_file():
         testsets.build_synthetic(testset, more=True)
     file = out / "pareto.json"

@@ -25,7 +25,7 @@ from metis_lib import audio
 from metis_lib.assets import metis_home
 from metis_lib.config import AUDIO_RATE, SSL_RATE
 from metis_lib.data.perturb import Perturb, VoiceShift
-from metis_lib.data.store import Row, read_manifest
+from metis_lib.data.store import Row, read_manifest, write_text
 from metis_lib.evaluation import metrics
 from metis_lib.evaluation.judges import SpeakerJudge, WhisperJudge
 
@@ -159,7 +159,7 @@ def main() -> None:
         }
         print(name, {k: v for k, v in report["methods"][name].items() if k != "parameters"}, flush=True)
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
-        chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(chosen.out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,12 @@ def bring_shipped(queue: dict[str, Any]) -> None:
         own = source / "stage1" if wanted is None else source / name
         config = own / "config.json"
         if config.is_file() and json.loads(config.read_text())["config"] == to_dict(wanted or sizes.stage1):
-            shutil.copytree(source / name, target / name, dirs_exist_ok=True)  # one may have been cut off
+            part = target / ".part" / name
+            shutil.copytree(source / name, part, dirs_exist_ok=True)  # one may have been cut off
+            shutil.rmtree(target / name, ignore_errors=True)
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            part.replace(target / name)
+    shutil.rmtree(target / ".part", ignore_errors=True)
 
 
 def run_next(
@@ -111,7 +116,8 @@ def run_next(
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise MetisError(f"process {pid.read_text()} works on {entry['model']} already") from None
+        who = pid.read_text() if pid.is_file() else "another"
+        raise MetisError(f"process {who} works on {entry['model']} already") from None
     write_text(pid, str(os.getpid()))
     run, now = job.out / "runs" / entry["model"], read(path)
     if now["pieces"][number:][:1] == [entry]:  # another model may have begun to train meanwhile

@@ -22,6 +22,7 @@ from metis_lib.assets import metis_home
 from metis_lib.config import AUDIO_RATE
 from metis_lib.data.examples import SIMULATORS, Example, Pool, Simulated, Sources
 from metis_lib.data.simulate import Noises, Rooms, power
+from metis_lib.data.store import write_text
 from metis_lib.training.data import waves_of
 
 RESULTS = Path(__file__).parents[2] / "results" / "data" / "simulation.json"
@@ -93,7 +94,7 @@ def main() -> None:
         }
         print(task, report["tasks"][task], flush=True)
     chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(chosen.out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

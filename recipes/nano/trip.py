@@ -50,11 +50,14 @@ def pack_up(
 ) -> dict[str, object]:
     """Write ``train`` and ``validation`` tokens and the weights so far into ``out``; what it holds."""
     found = queue.read(path)
+    queue.bring_shipped(found)
     manifest = queue.metis_home() / "corpora" / found["system"] / "manifest.jsonl"
     job = Job(
         "stage2_full", preset(found["preset"]), queue.home(found), settings_for("stage1", found["preset"]), manifest
     )
     out.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "validation"):  # of an earlier packing
+        (out / f"{split}.safetensors").unlink(missing_ok=True)
     held: dict[str, object] = {}
     heard = ("ssl", "semantic_codec", "acoustic_codec") if hear else ()
     for part in ("stage1", "stage2_layer1", "stage2_full", "tasks/tts", *heard):
@@ -159,7 +162,10 @@ def job_there(folder: Path, piece: str, changes: dict[str, Any], workers: int) -
     found = queue.read(folder / "queue.json")
     entry = next((e for e in found["pieces"] if e["model"] == piece and e.get("state") != "done"), None)
     if entry is None:
-        raise MetisError(f"the queue has no open piece {piece}")
+        raise MetisError(
+            f"the queue has no open piece {piece}; before packing add one to recipes/nano/queue.json, such as "
+            f'{{"model": "{piece}", "settings": {{"steps": 5000}}}}'
+        )
     changes = dict(changes)
     chosen = {key: changes.pop(key, entry.get(key, default)) for key, default in (("mode", "lora"), ("rank", 16))}
     options = options_for(piece, found["preset"]) | entry.get("options", {}) | changes.pop("options", {})
@@ -238,7 +244,8 @@ def bring_home(results: Path, path: Path = QUEUE) -> list[str]:
     join_files(results)
     for entry in found["pieces"]:
         part = results / FOLDERS.get(entry["model"], entry["model"]).replace("/", "-")
-        if not (part / "config.json").is_file() or entry["model"] in came or entry.get("state") == "done":
+        new = (part / "config.json").is_file() and not (part / "joined").exists()
+        if not new or entry["model"] in came or entry.get("state") == "done":
             continue
         target, run = (queue.home(found) / name for name in (FOLDERS.get(entry["model"], entry["model"]), "runs"))
         target.mkdir(parents=True, exist_ok=True)
@@ -252,6 +259,8 @@ def bring_home(results: Path, path: Path = QUEUE) -> list[str]:
         entry |= queue.outcome(json.loads((part / "config.json").read_text())["card"]["scores"])
         came.append(entry["model"])
     queue.write(path, found)
+    for model in came:  # joined again, they would pass for the next piece
+        (results / FOLDERS.get(model, model).replace("/", "-") / "joined").touch()
     return came
 
 

@@ -452,7 +452,7 @@ def test_the_papers_set_says_in_one_line_what_is_missing(home: Path) -> None:
     assert row["dnsmos_p808"] is not None and row["stoi"] is not None
 
 
-def test_whisper_by_transformers_in_a_batch(home: Path) -> None:
+def test_whisper_by_transformers_in_a_batch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from metis_lib.compat import prepare_torchaudio
@@ -481,7 +481,11 @@ def test_whisper_by_transformers_in_a_batch(home: Path) -> None:
     tokenizer = WhisperTokenizer.from_pretrained(str(assets.fetch("whisper-base")))
     WhisperProcessor(WhisperFeatureExtractor(80), tokenizer).save_pretrained(folder)
     judge = paper_judges.WhisperLargeJudge("cpu")
+    asked = []
+    network = judge.model[1]
+    monkeypatch.setattr(network, "generate", lambda *a, made=network.generate, **k: asked.append(k) or made(*a, **k))
     heard = judge.many([*clips_16k(), np.full(9, np.nan, np.float32)])
+    assert asked[0] == {"language": "en", "task": "transcribe", "num_beams": 1, "do_sample": False}
     assert heard[:2] == [judge(clip) for clip in clips_16k()] and heard[0]
     assert isinstance(heard[2], MetricFailure)
 

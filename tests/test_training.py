@@ -28,6 +28,8 @@ from metis_lib.config import SemanticCodecConfig, Stage2Config, preset
 from metis_lib.data.store import write_manifest
 from metis_lib.errors import MetisError
 from metis_lib.evaluation import record, report
+from metis_lib.models.stage2 import Stage2
+from metis_lib.tasks import TASKS
 from metis_lib.training import data, loop, recipes
 from metis_lib.training import generative as gen
 from metis_lib.training import tokenizers as tok
@@ -2078,3 +2080,31 @@ def test_little_speech_is_not_read_a_thousand_times_in_silence(workshop, tmp_pat
     for more, steps in (({}, 4321), ({"resume": False}, said[-1])):
         recipes.finetune("se", manifest, tmp_path / "stopped", base=system, rank=4, say=said.append, **more)
         assert said[-1] == steps, "what was stopped goes on as it began"
+
+
+def test_stage_two_trains_its_first_layers_most(job_of):
+    """As released: layer j in proportion to N - j + 1 (of those that the net makes), one a step."""
+    job = job_of("stage2_full")
+    _, source, _ = recipes.BUILD["stage2_full"](job)
+    weights = np.array(Stage2(job.system.stage2_full).layer_weights())
+    drawn = [source.batch([0], epoch=0, step=step)["layer"] for step in range(1500)]
+    shares = np.bincount(drawn, minlength=len(weights)) / len(drawn)
+    assert abs(shares - weights).max() < 0.04 and shares[0] == 0 and weights[1] > weights[-1] > 0
+    assert weights[1] / weights[-1] == pytest.approx(len(weights) / 2)
+
+
+@pytest.mark.parametrize("model", ["tts", "vc", "tse", "se", "omni"])
+def test_what_guidance_varies_is_dropped_in_training_alone(job_of, model):
+    """One in ten (Metis section 4.2); nothing of enhancement, and nothing in what is held out."""
+    job = job_of(model)
+    for passes in (0, 1):
+        told = replace(job, options=job.chosen | {"passes": passes})
+        for split, wanted in (("train", TASKS[model].condition_dropout), ("validation", 0.0)):
+            source = recipes.task_source(told, split, 0, None if model == "tts" else told.frozen, None)
+            parts = [feed.source for feed in source.feeds.values()] if hasattr(source, "feeds") else [source]
+            names = list(source.feeds) if hasattr(source, "feeds") else [model]
+            for name, part in zip(names, parts, strict=True):
+                assert part.dropout == (0.0 if name == "se" and passes else wanted), (name, passes, split)
+            if model == "omni":
+                odds = dict(zip(names, source.shares.tolist(), strict=True)) if passes else source.odds
+                assert odds == TASKS["omni"].mixture

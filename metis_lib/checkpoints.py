@@ -121,9 +121,16 @@ def system_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def folder_of(name: str | Path) -> Path:
+    """``name`` as a folder: where it says, else below the repository, for notebooks start in a folder of their own."""
+    given = Path(name).expanduser()
+    below = SHIPPED.parents[1] / given
+    return below if below.is_dir() and not given.is_dir() else given
+
+
 def own_system(name: str | Path) -> bool:
     """Whether ``name`` is meant to be a system of ours; if not, it is in the released layout or on a hub."""
-    given = Path(name).expanduser()
+    given = folder_of(name)
     if "@" in str(name) and not given.is_dir():
         return False
     if (SHIPPED / str(name)).is_dir() or "/" not in str(name):
@@ -141,7 +148,7 @@ def released_layout(folder: Path) -> bool:
 
 def locate(name: str | Path) -> Path:
     """Folder of a system by name (``nano`` ships with the library) or path."""
-    for folder in (SHIPPED / str(name), Path(name).expanduser()):
+    for folder in (SHIPPED / str(name), folder_of(name)):
         if (folder / "acoustic_codec" / "config.json").is_file():
             return folder
     raise MetisError(f"unknown model {str(name)!r}; use 'nano' or the folder of a system")

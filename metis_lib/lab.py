@@ -448,8 +448,8 @@ class TokenExplorer(Panel):
         self._refresh()
 
     def undo(self) -> None:
-        """Take the tokens of the recording again."""
-        self.tokens = self.original.clone()
+        """Take the tokens of the recording again, and hear all layers."""
+        self.tokens, self.layers.value = self.original.clone(), self.layers.max
         self._refresh()
 
     def speech(self, tokens: Tensor, layers: int | None = None) -> Speech:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metis_lib import assets
-from metis_lib.checkpoints import TaskConfig, load_config_and_card, released_layout
+from metis_lib.checkpoints import TaskConfig, folder_of, load_config_and_card, released_layout
 from metis_lib.config import SystemConfig, preset
 from metis_lib.errors import MetisError
 from metis_lib.released_files import (
@@ -90,10 +90,10 @@ class Released:
             MetisError: no such folder, nor the form of a hub id.
         """
         self.name, repo, marks = str(where), str(where), list[str]()
-        while "@" in repo and not Path(repo).expanduser().is_dir():
+        while "@" in repo and not folder_of(repo).is_dir():
             repo, _, mark = repo.rpartition("@")
             marks.insert(0, mark)
-        folder = Path(repo).expanduser()
+        folder = folder_of(repo)
         self.on_hub = not folder.is_dir()
         if self.on_hub and (isinstance(where, Path) or repo.count("/") != 1 or repo[0] in "./~"):
             raise MetisError(

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from metis_lib import notebook
+from metis_lib import audio, notebook
 from metis_lib.assets import sha256_file
 from metis_lib.evaluation import record
 from metis_lib.evaluation.runner import environment, run_notebook
@@ -335,6 +335,29 @@ def test_fast(path: Path, kernel: Any, tmp_path: Path) -> None:
     assert re.search(SAYS.get(path.stem, ""), said)
     assert shown_problems(executed, (str(ROOT), str(Path.home()), str(tmp_path))) == []
     assert any(file.is_file() for file in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("number", ["01", "03", "05", "06"])
+def test_a_folder_of_other_recordings_serves_too(number: str, kernel: Any, tmp_path: Path) -> None:
+    """Of any format and of lengths that differ much."""
+    wav = audio.load(str(ROOT / "eval/testsets/human/librivox-0890.flac"), 24_000).repeat(2)
+    for name, seconds in (("a.wav", 2.3), ("deep/b.ogg", 7.5), ("c.flac", 2.3), ("d.WAV", 3.0)):
+        audio.write(tmp_path / "own" / name, wav[: round(seconds * 24_000)], 24_000)
+    path = next((ROOT / "notebooks").glob(f"{number}_*.ipynb"))
+    run_fast(path, kernel, tmp_path / "out", corpus=str(tmp_path / "own"))
+
+
+def test_where_a_run_lacks_the_task_the_next_is_opened(kernel: Any, tmp_path: Path) -> None:
+    few = tmp_path / "demo"
+    shutil.copytree(ROOT / "results/nano/human", few)
+    summary = json.loads((few / "summary.json").read_text())
+    (few / "summary.json").write_text(json.dumps({"se": summary["se"]}))
+    path, runs = ROOT / "notebooks/15_evaluation_browser.ipynb", [str(few), "results/nano/human"]
+    run_fast(path, kernel, tmp_path / "out", task="vc", runs=runs)
+
+
+def test_the_codec_can_be_read_as_the_tasks_are(kernel: Any, tmp_path: Path) -> None:
+    run_fast(ROOT / "notebooks/12_reading_an_evaluation.ipynb", kernel, tmp_path / "out", task="codec")
 
 
 @pytest.mark.parametrize("task", ["tts", "vc", "tse"])

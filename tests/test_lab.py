@@ -252,8 +252,10 @@ def test_tokens_are_chosen_changed_and_taken_back(metis: Metis, explorer: lab.To
     places = (explorer.tokens != explorer.original).nonzero().tolist()
     assert [2, 20] in places and all(row == 2 and 20 <= frame < 24 for row, frame in places)
     assert np.argwhere(explorer.grid.changed).tolist() == places
+    explorer.layers.value = 6  # as stage 2 leaves it
     press(explorer, "Undo all")
     assert torch.equal(explorer.tokens, explorer.original) and not np.any(explorer.grid.changed)
+    assert explorer.layers.value == 12
     explorer.token.value = explorer.grid.sizes[2]
     assert "tokens of this layer lie in 0.." in press(explorer, "Set")
 

@@ -224,6 +224,20 @@ def test_bad_input_is_one_clear_line(debug, call, message):
     assert "\n" not in str(caught.value)
 
 
+def test_folders_below_the_repository_are_found_from_a_notebook_too(monkeypatch):
+    """Kernels start in notebooks/; other paths of a parameters cell are relative to the repository."""
+    from metis_lib.checkpoints import SHIPPED, locate
+    from metis_lib.evaluation.systems import testset_folder
+
+    for place in (SHIPPED.parents[1], SHIPPED.parents[1] / "notebooks"):
+        monkeypatch.chdir(place)
+        assert locate("metis_lib/weights/nano").resolve() == (SHIPPED / "nano").resolve()
+        assert testset_folder("eval/testsets/human").name == "human"
+    assert Metis.from_pretrained("metis_lib/weights/nano").tasks
+    with pytest.raises(MetisError, match="unknown model"):
+        locate("metis_lib/weights/nowhere")
+
+
 def test_stereo_and_other_rates_are_taken(debug, tmp_path):
     import soundfile
 

@@ -18,6 +18,7 @@ import torch
 
 from metis_lib import audio, bulk
 from metis_lib.assets import metis_home
+from metis_lib.checkpoints import folder_of
 from metis_lib.config import AUDIO_RATE, FRAME_RATE
 from metis_lib.data.store import UNKNOWN
 from metis_lib.errors import MetisError
@@ -90,7 +91,7 @@ class Clip:
 def testset_folder(testset: str | Path) -> Path:
     """The folder of a test set, given by path or by its name under ``eval/testsets`` or ``$METIS_HOME/testsets``."""
     made = metis_home() / "testsets" / str(testset)
-    for place in (Path(testset).expanduser(), record.ROOT / "eval" / "testsets" / str(testset), made):
+    for place in (folder_of(testset), record.ROOT / "eval" / "testsets" / str(testset), made):
         if (place / "manifest.jsonl").is_file():
             return place.resolve()
     raise MetisError(f"no test set {str(testset)!r}: expected a folder with a manifest.jsonl (metis prepare testset)")

@@ -452,6 +452,18 @@ def test_the_papers_set_says_in_one_line_what_is_missing(home: Path) -> None:
     assert row["dnsmos_p808"] is not None and row["stoi"] is not None
 
 
+def test_whisper_base_is_asked_as_the_protocol_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beam 5, temperature 0, no timestamps, nothing of the text before: wer/whisper-base-int8-norm@1."""
+    asked: list[dict[str, Any]] = []
+    judge = judges.WhisperJudge()
+    monkeypatch.setattr(
+        type(judge), "model", SimpleNamespace(transcribe=lambda wav, **k: asked.append(k) or ([], None))
+    )
+    judge.judge(np.zeros(16_000, np.float32))
+    wanted = {"language": "en", "beam_size": 5, "temperature": 0.0, "condition_on_previous_text": False}
+    assert wanted.items() <= asked[0].items() and asked[0]["without_timestamps"] is True
+
+
 def test_whisper_by_transformers_in_a_batch(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
@@ -557,6 +569,58 @@ def test_wavlm_with_ecapa_from_a_checkpoint_in_the_published_layout(home: Path) 
         torch.save({"model": broken}, path)
         with pytest.raises(MetricFailure, match="is not UniSpeech's WavLM"):
             paper_judges.WavlmSpeakerJudge("cpu")(clips_16k()[0])
+
+
+def test_ecapa_over_wavlm_is_that_of_unispeech() -> None:
+    """Step by step from the weights: instance norm, blocks of dilation 2, 3, 4 whose groups hear the one before,
+    gains of channels, attentive statistics (UniSpeech, downstreams/speaker_verification/models/ecapa_tdnn.py)."""
+    import torch
+    import torch.nn.functional as F
+
+    torch.manual_seed(0)
+    hidden = tuple(3 * torch.randn(1, 40, 10) + 1 for _ in range(3))
+    trunk = torch.nn.Module()
+    trunk.config = SimpleNamespace(hidden_size=10, num_hidden_layers=2)
+    trunk.forward = lambda wav, output_hidden_states: SimpleNamespace(hidden_states=hidden)
+    network = paper_judges.WavlmEcapa(trunk, channels=32, wide=24, size=6).eval()
+    for name, value in network.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.5 if name.endswith("running_var") else 0.4 * torch.randn_like(value))
+    w = network.state_dict()
+
+    def norm(x: torch.Tensor, at: str) -> torch.Tensor:
+        return F.batch_norm(x, w[f"{at}.running_mean"], w[f"{at}.running_var"], w[f"{at}.weight"], w[f"{at}.bias"])
+
+    def conv(x: torch.Tensor, at: str, **more: Any) -> torch.Tensor:
+        return F.conv1d(x, w[f"{at}.weight"], w[f"{at}.bias"], **more)
+
+    def linear(x: torch.Tensor, at: str) -> torch.Tensor:
+        return F.linear(x, w[f"{at}.weight"], w[f"{at}.bias"])
+
+    def block(x: torch.Tensor, at: str, dilation: int) -> torch.Tensor:
+        y = norm(conv(x, f"{at}.Conv1dReluBn1.conv").relu(), f"{at}.Conv1dReluBn1.bn")
+        said, before = [], torch.zeros(1, 4, 40)
+        for i in range(7):
+            group = y[:, 4 * i : 4 * i + 4] + before
+            heard = conv(group, f"{at}.Res2Conv1dReluBn.convs.{i}", padding=dilation, dilation=dilation)
+            before = norm(heard.relu(), f"{at}.Res2Conv1dReluBn.bns.{i}")
+            said.append(before)
+        y = torch.cat([*said, y[:, 28:]], dim=1)
+        y = norm(conv(y, f"{at}.Conv1dReluBn2.conv").relu(), f"{at}.Conv1dReluBn2.bn")
+        gain = linear(linear(y.mean(2), f"{at}.SE_Connect.linear1").relu(), f"{at}.SE_Connect.linear2").sigmoid()
+        return x + y * gain[..., None]
+
+    x = sum(share * state for share, state in zip(w["feature_weight"].softmax(0), hidden, strict=True))
+    x = F.instance_norm(x.transpose(1, 2))
+    x = norm(conv(x, "layer1.conv", padding=2).relu(), "layer1.bn")
+    second = block(x, "layer2", 2)
+    third = block(second, "layer3", 3)
+    x = conv(torch.cat([second, third, block(third, "layer4", 4)], dim=1), "conv").relu()
+    share = conv(conv(x, "pooling.linear1").tanh(), "pooling.linear2").softmax(2)
+    mean = (share * x).sum(2)
+    deviation = ((share * x**2).sum(2) - mean**2).clamp(min=1e-9).sqrt()
+    wanted = linear(norm(torch.cat([mean, deviation], dim=1), "bn"), "linear")
+    torch.testing.assert_close(network(torch.randn(1, 4000)), wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_verdicts_belong_to_the_weights_of_their_judge(home: Path, tmp_path: Path) -> None:

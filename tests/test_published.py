@@ -18,6 +18,7 @@ from metis_lib.tasks import TASKS
 from metis_lib.training import generative, loop
 from metis_lib.training import tokenizers as tok
 from metis_lib.training.loop import TrainSettings
+from metis_lib.training.recipes import settings_for
 
 # ---------------------------------------------------------------- masks
 
@@ -162,6 +163,53 @@ def test_updates_are_those_of_adamw_on_clipped_gradients(tmp_path):
     torch.testing.assert_close(ours.model.bias, plain.model.bias)
 
 
+def test_terms_weigh_what_they_are_told(tmp_path):
+    class Tug(loop.Objective):
+        """Two terms that pull a number towards 1 and -1; a third is only logged."""
+
+        weights = {"up": 1.0, "down": 3.0}
+
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Linear(1, 1, bias=False)
+
+        def counts(self, batch):
+            return {"up": 2.0, "down": 2.0, "told": 2.0}
+
+        def forward(self, batch, part="model"):
+            w = self.model(batch["x"])
+            return {"up": (w - 1).square().sum(), "down": (w + 1).square().sum(), "told": 100 * (w - 9).square().sum()}
+
+    class Feed:
+        def open(self, step, rank, world, accumulate):
+            return iter([{"x": torch.ones(2, 1)}] * 400)
+
+    objective = Tug()
+    settings = TrainSettings(steps=400, lr=0.05, weight_decay=0.0, precision="32-true", log_every=400)
+    loop.fit(objective, Feed(), settings, tmp_path / "run")
+    assert objective.model.weight.item() == pytest.approx(-0.5, abs=0.01)
+
+
+def test_trainings_are_as_long_and_fast_as_published():
+    """Metis sections 4.1 and 4.2 where they say (pre-training, text-to-speech, conversion); all AdamW at 1e-4 after a
+    warm-up, then by the inverse square root (MaskGCT section 4.1)."""
+    found = {name: settings_for(name, "paper") for name in ("stage1", "tts", "vc", "tse", "se", "omni")}
+    assert {name: one.steps for name, one in found.items()} == {
+        "stage1": 1_200_000, "tts": 200_000, "vc": 10_000, "tse": 100_000, "se": 100_000, "omni": 200_000
+    }  # fmt: skip
+    assert {(one.lr, one.schedule, one.frames, one.clip) for one in found.values()} == {
+        (1e-4, "inverse_sqrt", 10_000, found["stage1"].clip)
+    }
+    assert found["stage1"].warmup == 32_000 and found["stage1"].clip == 1.0
+
+
+def test_weights_begin_small():
+    torch.manual_seed(0)
+    model = Stage1(replace(preset("debug").stage1, hidden_size=64, codebook_size=512))
+    for name in ("cond_emb.weight", "to_logit.weight", "diff_estimator.layers.0.self_attn.q_proj.weight"):
+        assert dict(model.named_parameters())[name].std().item() == pytest.approx(0.02, rel=0.15), name
+
+
 # ---------------------------------------------------------------- what degraded speech is
 
 
@@ -205,6 +253,20 @@ def test_clipping_is_so_many_decibels_below_the_peak(speech):
     params = Degradation(noise_p=0, reverb_p=0, band_p=0, clip_p=1, clip_db=(6.0, 6.0))
     out, clean, _ = degrade(speech, 24_000, noises=Noises(), generator=np.random.default_rng(0), params=params)
     assert np.abs(out).max() / np.abs(clean).max() == pytest.approx(10 ** (-6 / 20), rel=1e-4)
+
+
+def test_babble_is_of_three_to_six_who_speak_equally_loud():
+    time = np.arange(24_000) / 24_000
+    tones = {f: np.sin(2 * np.pi * f * time) * f / 5000 for f in range(500, 4500, 500)}
+    noises = Noises((), [Recording(str(f), (wav * 32767).astype(np.int16)) for f, wav in tones.items()])
+    generator, counts = np.random.default_rng(0), set()
+    for _ in range(30):
+        wav, name = noises.sample(24_000, generator, kind="babble")
+        heard = np.abs(np.fft.rfft(wav))[list(tones)]
+        loud = heard[heard > heard.max() / 100]
+        counts.add(len(loud))
+        assert name == f"babble:{len(loud)}" and loud.min() / loud.max() > 0.97
+    assert counts == {3, 4, 5, 6}
 
 
 def test_kinds_of_noise_come_as_often_as_the_documentation_says():

@@ -11,6 +11,7 @@ import torch
 
 from metis_lib.config import DecodeSettings, preset
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
+from metis_lib.generation import Request, batches
 from metis_lib.models import masked
 from metis_lib.models.adapt import LORA_TARGETS, ConditionAdapter, add_lora
 from metis_lib.models.stage1 import Stage1
@@ -93,6 +94,17 @@ def test_guidance_knows_neither_prompt_nor_words_but_the_frame_level_condition(m
     cond, free = zip(*passes, strict=True)
     assert len(cond) == 5 and not any(torch.allclose(cond[0], other) for other in cond[1:])
     assert all(torch.equal(free[0], other) for other in free[1:4]) and not torch.allclose(free[0], free[4])
+
+
+def test_batches_hold_no_more_than_they_may_and_alike_things():
+    def request(frames, phones=None):
+        return Request(frames, torch.Generator(), phones=phones)
+
+    requests = [request(n) for n in (40, 100, 10, 95, 60)] + [request(50, torch.zeros(3, dtype=torch.long))]
+    found = batches(requests, 200)
+    assert sorted(i for batch in found for i in batch) == list(range(6)) and [5] in found
+    assert [1, 3] in found and all(len(b) * max(requests[i].size for i in b) <= 200 for b in found)
+    assert len(batches(requests, 10_000)) == 2 and len(batches(requests, 1)) == 6
 
 
 # ---------------------------------------------------------------- what is learned by

@@ -2086,6 +2086,7 @@ def test_stage_two_trains_its_first_layers_most(job_of):
     """As released: layer j in proportion to N - j + 1 (of those that the net makes), one a step."""
     job = job_of("stage2_full")
     _, source, _ = recipes.BUILD["stage2_full"](job)
+    assert source.masking == gen.STAGE2_MASKING
     weights = np.array(Stage2(job.system.stage2_full).layer_weights())
     drawn = [source.batch([0], epoch=0, step=step)["layer"] for step in range(1500)]
     shares = np.bincount(drawn, minlength=len(weights)) / len(drawn)
@@ -2108,3 +2109,23 @@ def test_what_guidance_varies_is_dropped_in_training_alone(job_of, model):
             if model == "omni":
                 odds = dict(zip(names, source.shares.tolist(), strict=True)) if passes else source.odds
                 assert odds == TASKS["omni"].mixture
+
+
+def test_the_floor_of_pre_training_is_an_option(job_of):
+    job = job_of("stage1")
+    for floor, options in ((0.0, {}), (0.2, {"floor": 0.2})):
+        _, source, _ = recipes.BUILD["stage1"](replace(job, options=options))
+        assert source.masking.ratio_floor == floor and source.masking.prompt_probability == 0.8
+
+
+def test_nothing_is_seen_of_the_prompt_of_a_film():
+    """Metis section 4.2.5: zeros over the prompt, in every row as many as it has."""
+
+    class Lips(torch.nn.Module):
+        def forward(self, video, lengths):
+            return torch.ones(*video.shape[:2], 3)
+
+    batch = {"tokens": torch.zeros(2, 9, dtype=torch.long), "lengths": torch.tensor([9, 6]),
+             "prompt": torch.tensor([4, 0]), "video": torch.zeros(2, 5, 96, 96)}  # fmt: skip
+    seen = gen.encode(batch, None, Lips())["condition"]
+    assert seen.shape == (2, 9, 3) and not seen[0, :4].any() and (seen[0, 4:] == 1).all() and (seen[1, :6] == 1).all()

@@ -53,9 +53,7 @@ def make_testset(out: Path, source: str = "human") -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("say where the test set goes: python examples/declip.py FOLDER")
-    make_testset(Path(sys.argv[1]))
+    make_testset(Path(sys.argv[1])) if len(sys.argv) == 2 else sys.exit("say where: python examples/declip.py FOLDER")
 elif "declip" not in tasks.TASKS:  # METIS_TASKS may have named this file already
     declip = dataclasses.replace(tasks.TASKS["se"], name="declip", title="De-clipping", like="se", simulate=simulate)
     tasks.add(declip)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
 import re
 import tempfile
 import time
@@ -568,12 +567,11 @@ def keep(found: Mapping[str, Any], folder: Path, name: str) -> Path:
     import pandas
 
     from metis_lib import notebook
-    from metis_lib.data.store import write_text
-    from metis_lib.evaluation.record import write_figure
+    from metis_lib.evaluation.record import write_figure, write_json
 
     notebook.style()
     path = folder / f"{name}.json"
-    write_text(path, json.dumps(found, indent=1) + "\n")
+    write_json(path, found)
     most = max(len(values["parts"]) for values in found.values())
     batched = {title: good for title, values in found.items() if (good := _measured(values.get("batches", {})))}
     size = (max(4.2, 1.3 * most) * len(found), 3.2 * (1 + bool(batched)))

@@ -319,7 +319,7 @@ def test_bench_of_generation(capsys, tmp_path):
     assert set(found) == {"tts", "se"} and json.loads((tmp_path / "generate-debug.json").read_text()) == found
     assert (tmp_path / "generate-debug.png").stat().st_size > 1000
     for task in found.values():
-        assert task["step_agreement"] == 1.0 and task["reference_cpu_s"] > 0 and 0 < task["matmul_share"] < 1.5
+        assert task["step_agreement"] == 1.0 and min(task["reference_cpu_s"], task["matmul_share"]) > 0
         assert min(task["bf16_ratio"], task["fp32_ratio"], task["batch_gain"], task["rtf"]) > 0
         parts = {"ssl", "stage1", "stage2_layer1", "stage2_full", "acoustic_decode"}
         for key in ("parts", "gflop", "share", "work_mb"):

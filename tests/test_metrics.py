@@ -542,10 +542,11 @@ def tiny_wavlm(**more: Any) -> Any:
 def test_wavlm_with_ecapa_from_a_checkpoint_in_the_published_layout(home: Path) -> None:
     """The same trunk by other names gives the same hidden states; a missing or a strange weight is refused."""
     import torch
-    from transformers import WavLMModel
 
     torch.manual_seed(0)
     config = tiny_wavlm(feat_extract_norm="layer", do_stable_layer_norm=True, apply_spec_augment=False)
+    from transformers import WavLMModel  # once torchaudio is out of its way
+
     trunk = WavLMModel(config).eval()
     network = paper_judges.WavlmEcapa(trunk, channels=32, wide=48, size=12).eval()
     torch.nn.init.normal_(network.feature_weight)

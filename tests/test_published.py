@@ -96,6 +96,18 @@ def test_guidance_knows_neither_prompt_nor_words_but_the_frame_level_condition(m
     assert all(torch.equal(free[0], other) for other in free[1:4]) and not torch.allclose(free[0], free[4])
 
 
+def test_guidance_by_the_hint_alone_is_not_skipped(monkeypatch):
+    torch.manual_seed(0)
+    model = Stage1(replace(preset("debug").stage1, use_phones=True, phone_vocab=12, text_hint="even")).eval()
+    guided = []
+    monkeypatch.setattr(masked, "guide", lambda cond, *_: guided.append(1) or cond)
+    given = {"target_len": 9, "settings": DecodeSettings(steps=1, cfg=2.0)}
+    model.generate(torch.zeros(1, 0, dtype=torch.long), hint=torch.ones(1, 9, dtype=torch.long), **given)
+    assert guided == [1]
+    model.generate(torch.zeros(1, 0, dtype=torch.long), **given)
+    assert guided == [1], "nothing to leave out: the identity"
+
+
 def test_batches_hold_no_more_than_they_may_and_alike_things():
     def request(frames, phones=None):
         return Request(frames, torch.Generator(), phones=phones)

@@ -460,7 +460,7 @@ def test_loss_by_hand(job_of, model):
     found, wanted = BY_HAND.get(model, by_hand_stage1)(job_of(model))
     assert set(found) >= set(wanted)
     for key, value in wanted.items():
-        assert found[key] == pytest.approx(value, rel=2e-4), key
+        assert found[key] == pytest.approx(value, rel=1e-4), key
 
 
 @pytest.mark.golden
@@ -599,7 +599,6 @@ def test_only_what_shall_train_trains(job_of, mode):
 
 def test_trainable_parameters_are_counted_as_published():
     """LoRA 4, 16, 32 of the paper's stage 1: 2.26, 9.04, 18.09 M; an adapter 15.74 M (on the meta device)."""
-    from metis_lib.checkpoints import TaskConfig
     from metis_lib.config import preset
     from metis_lib.models.stage1 import Stage1
 
@@ -615,7 +614,6 @@ def test_trainable_parameters_are_counted_as_published():
             adapter = gen.choose_trained(model, base, "adapter")
             assert (total - adapter) / 1e6 == pytest.approx(millions, abs=0.005)
             assert adapter / 1e6 == pytest.approx(15.74, abs=0.005)
-    assert TaskConfig("se", {}, 4).lora_rank == 4
 
 
 def test_fine_tune_in_one_command(workshop, tmp_path, capsys):
@@ -2129,3 +2127,32 @@ def test_nothing_is_seen_of_the_prompt_of_a_film():
              "prompt": torch.tensor([4, 0]), "video": torch.zeros(2, 5, 96, 96)}  # fmt: skip
     seen = gen.encode(batch, None, Lips())["condition"]
     assert seen.shape == (2, 9, 3) and not seen[0, :4].any() and (seen[0, 4:] == 1).all() and (seen[1, :6] == 1).all()
+
+
+def test_options_of_pre_training_set_its_prompts(job_of):
+    """The released code has 0.85 where the paper says 0.8."""
+    given = {"floor": 0.2, "prompt": 0.85, "prompt_longest": 0.3}
+    _, source, _ = recipes.BUILD["stage1"](replace(job_of("stage1"), options=given))
+    assert source.masking == gen.MaskingSettings(0.85, 0.3, 0.2)
+
+
+def test_a_system_of_the_published_size_is_given_no_hint(workshop, tmp_path, monkeypatch):
+    _, system = workshop
+    for width, wanted in ((512, {"text_hint": "even"}), (1536, {})):
+        sized = replace(preset("paper"), stage1=replace(preset("paper").stage1, hidden_size=width))
+        monkeypatch.setattr(recipes, "sizes", lambda _, sized=sized: sized)
+        assert recipes.match_task(tmp_path / "out", "tts", "lora", 4, system) == wanted
+        assert recipes.match_task(tmp_path / "out", "se", "lora", 4, system) == {}
+
+
+def test_longer_films_are_an_option_and_told_of(job_of):
+    job = job_of("l2s")
+    for longest in (300, 600):
+        told = replace(job, options=job.chosen | {"longest": longest})
+        assert recipes.task_source(told, "train", 0, told.frozen, None).longest == longest
+    assert recipes.options_for("l2s", "paper")["longest"] == recipes.options_for("lips", "paper")["longest"] == 1500
+    assert {recipes.OPTIONS[name]["longest"] for name in ("l2s", "lips")} == {300}
+    items = [{"text": "", "video": "talk.mp4", "id": str(i)} for i in range(2)]
+    waves = SimpleNamespace(items=items, starts=np.array([0, 0]), ends=np.array([480 * 100, 480 * 400]))
+    with pytest.warns(UserWarning, match=r"1 films are longer than 6 s \(option longest\)"):
+        assert data.Lips(waves).lengths.tolist() == [100, 0]

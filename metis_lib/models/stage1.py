@@ -205,7 +205,7 @@ class Stage1(nn.Module):
         whole = (None, None) if bool(mask.all()) else (mask, masked.places(mask))
         alone = None if bool(there.all()) else there
         net, offset = self.diff_estimator, before.shape[1]
-        guided = settings.cfg > 0 and (offset > 0 or settings.released)
+        guided = settings.cfg > 0 and (offset > 0 or hint is not None or settings.released)
         plan = net.plan(mask, *whole)
         scales = net.steps(masked.times(settings), together=noise is None and not settings.released)
         free_plan = net.plan(there, alone, None)

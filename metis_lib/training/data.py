@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import signal
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -588,6 +589,10 @@ class Lips:
         frames = (self.waves.ends - self.waves.starts) // HOP
         worded = np.array([bool(item["text"] or item.get("video")) for item in self.waves.items])
         self.lengths = np.where(worded & (frames >= 25) & (frames <= self.longest), frames, 0)
+        long = sum(bool(self.waves.items[i].get("video")) for i in np.flatnonzero(frames > self.longest))
+        if long:
+            seconds = self.longest / FRAME_RATE
+            warnings.warn(f"{long} films are longer than {seconds:g} s (option longest) and left out", stacklevel=2)
         self._timed: dict[int, Any] = {}
 
     def _first(self, i: int) -> int:

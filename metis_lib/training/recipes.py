@@ -288,8 +288,10 @@ def _acoustic(job: Job) -> Built:
 
 
 def _stage1(job: Job) -> Built:
-    """Options: ``floor`` (least mask ratio; 0.2 in the released code), ``longest``."""
-    masking, longest = MaskingSettings(ratio_floor=job.chosen["floor"]), job.chosen["longest"]
+    """Options: ``floor`` (least mask ratio; 0.2 in the released code), ``prompt`` (how often there is one; 0.85 in the
+    released code), ``prompt_longest`` (its largest share of an utterance), ``longest``."""
+    o, longest = job.chosen, job.chosen["longest"]
+    masking = MaskingSettings(o["prompt"], o["prompt_longest"], o["floor"])
     source = data.Tokens(job.tokens("train"), masking, longest=longest, seed=job.settings.seed)
     check = _check(job, data.Tokens(job.tokens("validation"), masking, seed=1))
     objective = gen.Stage1Training(Stage1(job.system.stage1), check=check, voice=job.voice)
@@ -315,8 +317,9 @@ def _stage2(job: Job) -> Built:
 
 
 def _lips(job: Job) -> Built:
+    """Options: ``longest`` (frames): longer recordings are left out."""
     made = {
-        split: data.Lips(job.waves(split), seed=seed)
+        split: data.Lips(job.waves(split), longest=job.chosen["longest"], seed=seed)
         for split, seed in (("train", job.settings.seed), ("validation", 1))
     }
     objective = tok.LipTraining(job.system.lips, phones=PhoneTokenizer().size, check=_check(job, made["validation"]))
@@ -364,7 +367,7 @@ def unchanged(wav: Any, generator: Any) -> Any:
 def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips: LipEncoder | None) -> Any:
     """What a task's batches of a split come from: a source, or a feed of several."""
     entry, o = task(job.model), job.chosen
-    longest = min(o["longest"], 300) if entry.takes_video else o["longest"]
+    longest = o["longest"]
     drop = entry.condition_dropout if split == "train" else 0.0
 
     def spoken() -> data.Tokens:
@@ -436,13 +439,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "seconds": 0.6, "convergence": 5.0, "adversarial_from": None, "discriminators": "nano", "decoder_only": False,
         "fit_every": None, "follow": 0.0, "dropout": None,
     },
-    "stage1": {"floor": 0.0, "longest": 600},
+    "stage1": {"floor": 0.0, "prompt": 0.8, "prompt_longest": 0.4, "longest": 600},
     **dict.fromkeys(("stage2_layer1", "stage2_full"), {"longest": 600, "joined": 0.0}),
-    "lips": {},
-    **dict.fromkeys(TASKS, {
-        "longest": 600, "text_hint": "none", "hint_width": 0, "audio": False, "passes": 0, "dropout": 0.01,
-        "joined": 0.0, "begin": "",
-    }),
+    "lips": {"longest": 300},
+    **{name: {
+        "longest": 300 if entry.takes_video else 600, "text_hint": "none", "hint_width": 0, "audio": False,
+        "passes": 0, "dropout": 0.01, "joined": 0.0, "begin": "",
+    } for name, entry in TASKS.items()},
 }  # fmt: skip
 """What each model's builder can be told, with what holds otherwise."""
 
@@ -699,8 +702,8 @@ def match_task(
     was trained there, and not only linked from ``base`` (again, where a run died before it had written its own).
     """
     folder, theirs = out / FOLDERS[name], base / FOLDERS[name] / "config.json"
-    if not (folder / "config.json").is_file():
-        return {"text_hint": "even"} if task(name).takes_text else {}
+    if not (folder / "config.json").is_file():  # a hint is nano's; the paper puts phones in front and no more
+        return {"text_hint": "even"} if task(name).takes_text and sizes(out).stage1.hidden_size < 1024 else {}
     config, about = load_config_and_card(folder, TaskConfig)
     had = about.get("mode", "lora" if config.lora_rank else "adapter")
     if config.lora_rank != rank or had != mode:

@@ -625,6 +625,8 @@ class FineTune(Training):
     adapter_only: bool = False  # Train only what the task adds: adapter, text embedding.
     keep: Literal["best", "last"] = "best"
     """Which weights stay: those with the lowest cross-entropy of held-out recordings, or the last."""
+    option: tuple[str, ...] = ()
+    """Options of the task, such as simulate='{"se": {"snr_db": [0, 20]}}' (docs/training.md)."""
 
     def run(self) -> Answer:
         from metis_lib.checkpoints import locate
@@ -638,7 +640,8 @@ class FineTune(Training):
         scores = finetune(
             self.task, self.data, self.out, base=self.base, mode=mode, rank=self.lora, workers=self.workers,
             settings=self._settings(self.task, like), shorten=self.steps is None, validate_every=self.validate_every,
-            keep=self.keep, budget=self.budget, resume=not self.fresh, device=self.device, say=_say,
+            keep=self.keep, options=dict(_option(text) for text in self.option), budget=self.budget,
+            resume=not self.fresh, device=self.device, say=_say,
         )  # fmt: skip
         return _trained(self.task, self.out, scores)
 

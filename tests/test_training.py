@@ -2156,3 +2156,50 @@ def test_longer_films_are_an_option_and_told_of(job_of):
     waves = SimpleNamespace(items=items, starts=np.array([0, 0]), ends=np.array([480 * 100, 480 * 400]))
     with pytest.warns(UserWarning, match=r"1 films are longer than 6 s \(option longest\)"):
         assert data.Lips(waves).lengths.tolist() == [100, 0]
+
+
+def turned(wav, generator):
+    """A change of the voice that is easily seen."""
+    return -wav
+
+
+def test_simulated_examples_can_be_made_otherwise(job_of):
+    job = job_of("se")
+    plain = recipes.task_source(job, "train", 0, job.frozen, None)
+    worse = {"snr_db": [0, 5], "degradation": {"clip_p": 1}}
+    asked = {"se": {"noise_p": 1.0, "snr_db": [30, 30], "band_p": 0}, "tse": worse}
+    source = recipes.task_source(replace(job, options={"simulate": asked}), "train", 0, job.frozen, None)
+    assert source.params.se.snr_db == (30, 30) and source.params.se.noise_p == 1 and source.params.se.reverb_p == 0.35
+    assert source.params.tse.degradation.clip_p == 1 and plain.params == type(source.params)()
+    assert {e.done["snr_db"] for e in (source.made["se"].make(i, np.random.default_rng(i)) for i in range(4))} == {30.0}
+    vc = replace(job_of("vc"), options={"perturb": "tests.test_training:turned"})
+    example = recipes.task_source(vc, "train", 0, vc.frozen, None).made["vc"].make(0, np.random.default_rng(0))
+    cut = example.prompt
+    assert np.array_equal(example.condition[:cut], example.target[:cut])
+    assert np.array_equal(example.condition[cut:], -example.target[cut:]) and example.target[cut:].any()
+    for options, says in (
+        ({"simulate": {"se": {"snr": 1}}}, "unknown keys in a Degradation: snr"),
+        ({"simulate": {"se": {"snr_db": 3}}}, "simulate is not as"),
+        ({"perturb": "nowhere:at_all"}, "perturb is package.module:callable"),
+        ({"perturb": "os:nothing"}, "and 'os:nothing' is none"),
+    ):  # fmt: skip
+        with pytest.raises(MetisError, match=says):
+            recipes.task_source(replace(vc, options=options), "train", 0, vc.frozen, None)
+
+
+def test_prepared_examples_made_otherwise_are_others(job_of):
+    job = job_of("se")
+    stores = {}
+    for clip in (None, 1.0, 0.5):
+        options = {"passes": 1} | ({"simulate": {"se": {"clip_p": clip}}} if clip else {})
+        stores[clip] = recipes.task_source(replace(job, options=options), "train", 0, job.frozen, None).store
+    assert len({str(store.folder) for store in stores.values()}) == 3
+
+
+def test_options_reach_fine_tuning_by_the_command_line(workshop, tmp_path, capsys):
+    manifest, system = workshop
+    command = ["train", "finetune", "--task", "se", "--data", str(manifest), "--from", str(system)]
+    wrong = {'simulate={"se": {"snr": 1}}': "unknown keys in a Degradation", "loudest=9": "se has no option 'loudest'"}
+    for option, says in wrong.items():
+        assert cli.main([*command, "--out", str(tmp_path / "out"), "--steps", "1", "--option", option]) == 2
+        assert says in capsys.readouterr().err

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -22,10 +23,11 @@ import torch
 
 from metis_lib.assets import sha256_file
 from metis_lib.checkpoints import TaskConfig, fill, load_config_and_card, load_state, locate, save_part, system_hash
-from metis_lib.config import FRAME_RATE, DecodeSettings, Stage1Config, Stage2Config, SystemConfig
+from metis_lib.config import FRAME_RATE, DecodeSettings, Stage1Config, Stage2Config, SystemConfig, from_dict
 from metis_lib.data.examples import Pool, Simulation, Sources
+from metis_lib.data.perturb import Perturb, VoiceShift
 from metis_lib.data.shards import LIMITS, Shards, tokenise
-from metis_lib.data.simulate import Extraction, Prompt, Rooms
+from metis_lib.data.simulate import Degradation, Prompt, Rooms
 from metis_lib.data.store import UNKNOWN, FlatStore, read_manifest, write_text
 from metis_lib.errors import MetisError
 from metis_lib.models import adapt
@@ -364,6 +366,27 @@ def unchanged(wav: Any, generator: Any) -> Any:
     return wav
 
 
+def simulation(given: dict[str, Any]) -> Simulation:
+    """The paper's numbers of simulated examples but for those ``given``, as ``{"se": {"snr_db": [0, 20]}}``."""
+    try:
+        made = from_dict(Simulation, given)
+        if isinstance(worse := made.tse.degradation, dict):
+            made = replace(made, tse=replace(made.tse, degradation=from_dict(Degradation, worse)))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise MetisError(f"the option simulate is not as {{'se': {{'snr_db': [0, 20]}}}}: {error}") from error
+    return made
+
+
+def changer(name: str) -> Perturb:
+    """What changes voices for conversion: ``package.module:callable``, or by default Praat's shift."""
+    module, _, call = name.partition(":")
+    try:
+        found: Perturb = getattr(importlib.import_module(module), call) if name else VoiceShift()
+        return found
+    except (ImportError, AttributeError, ValueError) as error:
+        raise MetisError(f"the option perturb is package.module:callable, and {name!r} is none ({error})") from error
+
+
 def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips: LipEncoder | None) -> Any:
     """What a task's batches of a split come from: a source, or a feed of several."""
     entry, o = task(job.model), job.chosen
@@ -382,12 +405,14 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
             return data.Lips(job.waves(split), changes.get("masking", entry.masking), longest, seed)
         pool = Pool(job.waves(split))
         shards = job.tokens(split) if not o["audio"] else None
-        given: dict[str, Any] = {"sources": job.sources(split, pool), "masking": entry.masking, **changes}
+        around = replace(job.sources(split, pool), perturb=changer(o["perturb"]))
+        given: dict[str, Any] = {"sources": around, "params": params, "masking": entry.masking, **changes}
         given |= {"shards": shards, "tokenizer": job.phones}
         return data.Adaptation(pool, odds=odds, dropout=drop, longest=longest, seed=seed, **given)
 
     if frozen is None:
         return spoken()
+    params = simulation(o["simulate"])
     odds = entry.mixture or {job.model: 1.0}
     if not o["passes"]:
         return simulated(odds)
@@ -398,6 +423,9 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
             around = (job.recordings.parent / file for file in ("noise.jsonl", "rirs.safetensors"))
             hashes = "".join(sha256_file(file) for file in around if file.is_file())
             made_by += f"-{hashlib.sha256(hashes.encode()).hexdigest()[:8]}" if hashes else ""
+        if name != "clean" and (o["simulate"] or o["perturb"]):
+            changed = json.dumps([o["simulate"], o["perturb"]], sort_keys=True)
+            made_by += f"-{hashlib.sha256(changed.encode()).hexdigest()[:8]}"
         folder = data.prepared(job.recordings) / f"examples-{name}-{passes}-{longest}-{made_by}" / split
         folder.parent.mkdir(parents=True, exist_ok=True)
         device = job.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -409,7 +437,7 @@ def task_source(job: Job, split: str, seed: int, frozen: tok.Frozen | None, lips
         return prepare(source, encoded, folder, passes=passes, workers=job.workers)
 
     # Prompts are drawn for every batch, so nothing of an example is one.
-    whole = Simulation(vc=Prompt(p=0.0), tse=Extraction(prompt=Prompt(p=0.0)))
+    whole = replace(params, vc=Prompt(p=0.0), tse=replace(params.tse, prompt=Prompt(p=0.0)))
     silent = replace(entry.masking, prompt_probability=0.0)
     voices = None
     if prompted := {"vc", "tse", "l2s"} & set(odds):
@@ -444,7 +472,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lips": {"longest": 300},
     **{name: {
         "longest": 300 if entry.takes_video else 600, "text_hint": "none", "hint_width": 0, "audio": False,
-        "passes": 0, "dropout": 0.01, "joined": 0.0, "begin": "",
+        "passes": 0, "dropout": 0.01, "joined": 0.0, "begin": "", "simulate": {}, "perturb": "",
     } for name, entry in TASKS.items()},
 }  # fmt: skip
 """What each model's builder can be told, with what holds otherwise."""
@@ -596,7 +624,8 @@ def derive(base: str | Path, out: Path) -> SystemConfig:
 def finetune(
     name: str, source: str | Path, out: str | Path, *, base: str | Path = "nano", mode: str = "lora", rank: int = 16,
     settings: TrainSettings | None = None, shorten: bool | None = None, validate_every: int | None = None,
-    keep: str = "best", workers: int = 0, say: Callable[[str], None] = lambda line: None, **more: Any,
+    keep: str = "best", workers: int = 0, options: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda line: None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Adapt a system to a task with recordings of one's own, in a system folder of its own.
 
@@ -612,6 +641,7 @@ def finetune(
         validate_every: steps between validations, 0: at the end; by default as the settings say where they have
             another number than the preset, else with ``best`` a twentieth of the steps, or ten.
         keep: the ``best`` weights, those with the lowest cross-entropy of held-out recordings, or the ``last`` ones.
+        options: of the task, such as ``simulate`` (docs/training.md), beside those that are chosen here.
         more: of :func:`train`: budget, resume, device.
 
     Returns:
@@ -652,11 +682,12 @@ def finetune(
             )
     system = derive(base, out)
     scale = "paper" if system.stage1.hidden_size >= 1024 else "nano"
-    options: dict[str, Any] = {"audio": True, **match_task(out, name, mode, rank, locate(base), say)}
+    given, options = options or {}, {"audio": True, **match_task(out, name, mode, rank, locate(base), say)}
     if scale == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
     if options.get("text_hint") == "timed":  # durations belong to whole recordings, which are tokenised first
         options |= {"audio": False, "passes": int(name == "omni")}
+    options |= given
     shorten = settings is None if shorten is None else shorten
     settings = settings or settings_for(name, scale)
     rows = [row for row in read_manifest(manifest) if row.split == "train" and row.duration >= 1]

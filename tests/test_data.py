@@ -97,6 +97,24 @@ def test_manifest_failures_are_one_clear_line(tmp_path: Path) -> None:
     assert [row.id for row in store.read_manifest(path)] == ["a"]
 
 
+def test_what_was_refused_before_is_listened_to_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever deletes the list gets all of it back: the manifest lacks those that it had refused."""
+    folder = tmp_path / "corpora" / "nano"
+    said = {"kept": "So it is.", "refused": "So it is.", "mute": ""}
+    rows = [GOOD | {"id": name, "text": text} for name, text in said.items()]
+    store.write_jsonl(folder / "parts" / "uqm.jsonl", rows)
+    store.write_jsonl(folder / "manifest.jsonl", rows[:1])
+    heard: list[str] = []
+    monkeypatch.setenv("METIS_HOME", str(tmp_path))
+    monkeypatch.setattr(asr, "VERDICTS", tmp_path / "human_asr.csv")
+    monkeypatch.setattr(asr, "listen", lambda rows: [heard.append(row.id) or (row, 3, 2) for row in rows])
+    monkeypatch.setattr("sys.argv", ["asr"])
+    asr.main()
+    assert heard == ["kept", "refused"] and set(asr.read_verdicts().values()) == {2 / 3}
+    asr.main()
+    assert heard == ["kept", "refused"], "it goes on where it stopped"
+
+
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "part.jsonl"
     path.write_text('{"id": 1}\n{"id": 2}\n{"id"')

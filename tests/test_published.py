@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from metis_lib.config import DecodeSettings, preset
+from metis_lib.data import examples
 from metis_lib.data.simulate import Degradation, Noises, Recording, Rooms, degrade
 from metis_lib.generation import Request, batches
 from metis_lib.models import masked
@@ -271,6 +272,9 @@ def test_noise_comes_after_the_room_at_the_ratio_to_what_is_heard(speech, rooms)
     assert 10 * np.log10(np.mean(heard**2) / np.mean(added**2)) == pytest.approx(7.0, abs=0.01)
     assert abs(np.mean(heard**2) / np.mean(speech**2) - 1) > 0.5, "else the two ratios could not be told apart"
     assert noises.asked["exclude"] == "me", "babble is of others"
+    examples.se(examples.Utterance("u", "she", speech), np.random.default_rng(0), examples.Sources(noises=noises),
+                examples.Simulation(se=params))  # fmt: skip
+    assert noises.asked["exclude"] == "she"
 
 
 def test_clipping_is_so_many_decibels_below_the_peak(speech):

@@ -631,9 +631,9 @@ class FineTune(Training):
     def run(self) -> Answer:
         from metis_lib.checkpoints import locate
         from metis_lib.stores import sizes
-        from metis_lib.training.recipes import finetune
+        from metis_lib.training.recipes import finetune, scale_of
 
-        like = "paper" if sizes(locate(self.base)).stage1.hidden_size >= 1024 else "nano"
+        like = scale_of(sizes(locate(self.base)))
         if self.full and self.adapter_only:
             raise MetisError("say --full or --adapter-only, not both")
         mode = "full" if self.full else "adapter" if self.adapter_only else "lora"

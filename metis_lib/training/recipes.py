@@ -74,6 +74,11 @@ def settings_for(model: str, preset_name: str, **changes: Any) -> TrainSettings:
     return TrainSettings(**chosen)
 
 
+def scale_of(system: SystemConfig) -> str:
+    """The preset that a system is nearest to in size: ``nano`` or ``paper``."""
+    return "paper" if system.stage1.hidden_size >= 1024 else "nano"
+
+
 def options_for(model: str, preset_name: str) -> dict[str, Any]:
     """The preset's options of a model's builder."""
     table = json.loads(Path(__file__).with_name("settings.json").read_text())
@@ -681,7 +686,7 @@ def finetune(
                 f"{manifest}: extraction needs two known speakers in {split}; see metis prepare manifest --splits"
             )
     system = derive(base, out)
-    scale = "paper" if system.stage1.hidden_size >= 1024 else "nano"
+    scale = scale_of(system)
     given, options = options or {}, {"audio": True, **match_task(out, name, mode, rank, locate(base), say)}
     if scale == "nano" and takes.takes_prompt and not takes.like:  # prompts are whole other recordings
         options |= {"joined": 0.5} if takes.takes_text else {"passes": 4}
@@ -734,7 +739,7 @@ def match_task(
     """
     folder, theirs = out / FOLDERS[name], base / FOLDERS[name] / "config.json"
     if not (folder / "config.json").is_file():  # a hint is nano's; the paper puts phones in front and no more
-        return {"text_hint": "even"} if task(name).takes_text and sizes(out).stage1.hidden_size < 1024 else {}
+        return {"text_hint": "even"} if task(name).takes_text and scale_of(sizes(out)) == "nano" else {}
     config, about = load_config_and_card(folder, TaskConfig)
     had = about.get("mode", "lora" if config.lora_rank else "adapter")
     if config.lora_rank != rank or had != mode:
